@@ -1,0 +1,673 @@
+"""Where images come from: sources, columns, splits, decoding, batches and augmentation; nothing about nets, neurons,
+normalisation or recipes.
+
+An image is uint8 from the file to the batch. A set that fits lives as one tensor on the device (`InMemory`); a larger
+one is decoded on the way by worker processes (`Streamed`). Batches are a pure function of (split, seed, position).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import math
+import os
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, final
+from urllib.parse import parse_qsl
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset
+
+AUGMENTATIONS = ("none", "flip", "crop-flip", "resized-crop-flip")
+PADDING = 4  # pixels on every side before a random crop of an image in memory
+EVALUATION_ZOOM = 256 / 224  # streamed evaluation: shorter side over crop side
+MANY = 10_000  # an in-memory set of at least so many images is decoded by worker processes
+WORKERS = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+
+_EMBEDDED = {"fashion-mini": "fashion_mini"}
+_TEST_NAMES = ("test", "validation", "valid", "val")
+_LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "target", "class")
+_KNOWN_LABELS = {"uoft-cs/cifar100": "fine_label", "cifar100": "fine_label"}
+
+
+def load_train(
+    source: str,
+    *,
+    size: int,
+    channels: int,
+    augment: str = "none",
+    bad_images: Literal["refuse", "skip"] = "refuse",
+    memory_limit: int = 4 * 2**30,
+    workers: int = WORKERS,
+) -> tuple[Split, Split]:
+    """Load the split `train` of a source as (train, validation).
+
+    Validation is a class-balanced 4 % of the training images: the same number of each class (at least one, at most half
+    of what the class has), chosen by a generator with seed 0, so it is the same in every run.
+
+    `source` is `fashion-mini` (ships with the package); or a folder of parquet shards in hub layout
+    (`train-00000-of-00004.parquet`, `test-…`); or a folder of class folders (`DIR/train/cat/1.jpg`, `DIR/test/…`); or a
+    Hugging Face hub name (`uoft-cs/cifar10`). The image and the label column are found by their types; where there are
+    several, the source says which: `PATH?image=img&label=fine_label` (`config=NAME` picks a hub configuration).
+    The test split is the first of test, validation, valid, val that has labels. It must exist here already.
+
+    Every image becomes uint8 [`channels`, `size`, `size`]: the shorter side is resized to `size` pixels (bicubic,
+    antialiased), then the centre is cut out. Grey is repeated for 3 channels, colour becomes luma for 1; transparent
+    pixels lie on white; 16 bits are rounded to 8; EXIF orientation is applied.
+
+    A set is streamed instead of held in memory if `augment` is "resized-crop-flip", or if a split of it would take more
+    than `memory_limit` bytes; then evaluation resizes the shorter side to round(size·256/224) before the centre crop.
+
+    `bad_images`: "refuse" raises at the first unreadable image (streamed: when its batch is read); "skip" leaves them
+    out and names them in `Split.skipped` (streamed: costs one pass over all images now).
+    `workers`: processes that decode a streamed set, or an in-memory one of at least 10,000 images; 0 decodes here. Off
+    Linux these processes import the main script again, so it needs its `if __name__ == "__main__"`.
+
+    Errors: ValueError for whatever is wrong with the arguments or the source, with the way out.
+    """
+    opened = _open(source, size, channels, augment, bad_images, memory_limit, workers)
+    labels = opened.labels["train"]
+    held = _held_out(labels, opened.classes, source)
+    return opened.split("train", (~held).nonzero().flatten()), opened.split("train", held.nonzero().flatten())
+
+
+def load_test(
+    source: str,
+    *,
+    size: int,
+    channels: int,
+    augment: str = "none",
+    bad_images: Literal["refuse", "skip"] = "refuse",
+    memory_limit: int = 4 * 2**30,
+    workers: int = WORKERS,
+) -> Split:
+    """Load the test split of a source: the first of test, validation, valid, val that has labels.
+
+    Arguments and errors are those of `load_train`. `augment` is the recipe's: it augments nothing here, but decides
+    together with `memory_limit`, exactly as in `load_train`, how images are resized for evaluation.
+    """
+    opened = _open(source, size, channels, augment, bad_images, memory_limit, workers)
+    return opened.split(opened.test, torch.arange(len(opened.labels[opened.test])))
+
+
+def mix(*numbers: int) -> int:
+    """Mix integers of any size and sign into one seed, 0 ≤ seed < 2^63: BLAKE2b of their decimal text with commas.
+
+    The same on every machine; `mix(1, 2)`, `mix(2, 1)` and `mix(12)` have nothing to do with one another.
+    """
+    text = ",".join(str(int(number)) for number in numbers)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Split(ABC):
+    """The labelled images of one split, and how batches of them are made. Abstract: `InMemory` or `Streamed`.
+
+    `classes`: names, K ≥ 2; `labels`: int64 [N], 0 ≤ label < K; `shape`: (C, H, W) of a batch's images;
+    `skipped`: the unreadable images that were left out (not counted in N), by path or by split and row.
+    """
+
+    classes: tuple[str, ...]
+    labels: Tensor
+    shape: tuple[int, int, int]
+    skipped: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def steps(self, size: int) -> int:
+        """Number of training batches in one pass: N // size, at least 1."""
+        return max(1, len(self) // _positive(size, "batch size"))
+
+    def batches(
+        self, size: int, *, seed: int | None = None, start: int = 0, augment: str = "none"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images uint8 [B, C, H, W], labels int64 [B]) of one pass over the split, from batch `start` on.
+
+        Without a seed: all images in order, the last batch smaller, never augmented. With a seed: a random order, and
+        `steps(size)` batches; the rest of N / size is dropped, and a split smaller than a batch is one batch.
+        Both are pure functions of (seed, position): starting at batch k yields what a full pass yields from there.
+        The order comes from a CPU generator seeded with `mix(seed)`, so it is the same on every device.
+
+        Errors: ValueError for an unknown augmentation, one without a seed, or a size or start out of range.
+        """
+        _positive(size, "batch size")
+        _one_of(augment, AUGMENTATIONS, "augment")
+        if seed is None and augment != "none":
+            raise ValueError(f"augment={augment!r} needs a seed; batches without a seed are for evaluation")
+        if seed is None:
+            order = torch.arange(len(self))
+        else:
+            order = torch.randperm(len(self), generator=_generator(seed))[: self.steps(size) * size]
+        batches = order.split(size)
+        if not 0 <= start <= len(batches):
+            raise ValueError(f"start={start} is not a batch of this pass: give 0 to {len(batches)}")
+        return self._read(batches[start:], seed, start, augment)
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Split:
+        """A split like this one whose batches are on `device`."""
+
+    @abstractmethod
+    def _read(
+        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images at each of `batches` (int64 [B], positions in the split; the first is batch `start`)."""
+
+
+@final
+class InMemory(Split):
+    """A split held as one tensor: `images` uint8 [N, C, H, W], `labels` integers [N], names of `classes`.
+
+    Augmentation works on whole batches, on their device; batch k draws from a CPU generator seeded with `mix(seed, k)`.
+    "flip" mirrors each image with probability 1/2; "crop-flip" also shifts it by −4…4 pixels both ways. Pixels
+    are not normalised yet, so what comes in from outside has the value `fill`, by default the split's mean pixel,
+    rounded (one integer for all channels). "resized-crop-flip" needs the large images: only a `Streamed` split has it.
+
+    Errors: ValueError if the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: Sequence[str],
+        *,
+        fill: int | None = None,
+        skipped: Sequence[str] = (),
+    ) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0:
+            raise ValueError(f"images must be uint8 [N, C, H, W] with N ≥ 1, not {images.dtype} {list(images.shape)}")
+        if labels.shape != images.shape[:1] or labels.is_floating_point():
+            raise ValueError(f"labels must be {len(images)} integers, not {labels.dtype} {list(labels.shape)}")
+        self.images, self.labels, self.classes = images, labels.long(), tuple(classes)
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.fill = round(images.sum(dtype=torch.int64).item() / images.numel()) if fill is None else fill
+        self.skipped = tuple(skipped)
+        _check_classes(self.classes, "these images")
+        _check_labels(self.labels, self.classes, "these images")
+
+    def to(self, device: torch.device | str) -> InMemory:
+        images, labels = self.images.to(device), self.labels.to(device)
+        return InMemory(images, labels, self.classes, fill=self.fill, skipped=self.skipped)
+
+    def _read(
+        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        if augment == "resized-crop-flip":
+            raise ValueError(f"images in memory have no {augment!r}: load the set with augment={augment!r}")
+        return (self._batch(rows, seed, k, augment) for k, rows in enumerate(batches, start))
+
+    def _batch(self, rows: Tensor, seed: int | None, position: int, augment: str) -> tuple[Tensor, Tensor]:
+        rows = rows.to(self.images.device)
+        images = self.images[rows]
+        if seed is not None and augment != "none":
+            padding = PADDING if augment == "crop-flip" else 0
+            images = _shift_and_flip(images, padding, self.fill, _generator(seed, position))
+        return images, self.labels[rows]
+
+
+@final
+class Streamed(Split):
+    """A split whose images are decoded on the way, by `workers` processes; made by `load_train` and `load_test`.
+
+    Evaluation, and training with augment="none": shorter side to round(size·256/224), then the centre crop.
+    "flip" mirrors each image with probability 1/2. Both "crop-flip" and "resized-crop-flip" cut out a random box
+    (8–100 % of the area, aspect ratio 3/4–4/3, log-uniform), resize it to size×size, and flip. The image in row i draws
+    from a generator seeded with `mix(seed, i)`: the number of workers and the start change nothing.
+    `labels` stay on the CPU; batches are sent to the device. An iterator that is dropped ends its processes.
+
+    Errors while reading: ValueError that names the first unreadable image.
+    """
+
+    def __init__(
+        self,
+        reader: _Reader,
+        rows: Tensor,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        *,
+        workers: int,
+        skipped: tuple[str, ...] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.labels, self.classes, self.skipped = labels, classes, skipped
+        self.shape = (reader.channels, reader.size, reader.size)
+        self._reader, self._rows, self._workers, self._device = reader, rows, workers, torch.device(device)
+
+    def to(self, device: torch.device | str) -> Streamed:
+        return Streamed(
+            self._reader,
+            self._rows,
+            self.labels,
+            self.classes,
+            workers=self._workers,
+            skipped=self.skipped,
+            device=device,
+        )
+
+    def _read(
+        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        jobs = (_Job(self._rows[positions].tolist(), seed, augment) for positions in batches)
+        pin = self._device.type == "cuda"
+        decoded = _decode_all(self._reader, jobs, min(self._workers, len(batches)), pin)
+        for positions, (images, bad) in zip(batches, decoded, strict=True):
+            if bad:
+                raise _unreadable(bad)
+            yield images.to(self._device, non_blocking=pin), self.labels[positions].to(self._device)
+
+
+# --------------------------------------------------------------------------------------------- arguments and randomness
+
+
+def _positive(number: int, what: str) -> int:
+    if number < 1:
+        raise ValueError(f"{what} must be at least 1, not {number}")
+    return number
+
+
+def _one_of(value: str, known: Sequence[str], what: str) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(mix(*numbers))
+
+
+# ----------------------------------------------------------------------------------------- opening a source: `datasets`
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checked source: its splits as tables of encoded images, the labels, and how images are to be read."""
+
+    tables: Mapping[str, Any]  # split → datasets.Dataset in arrow format, image column only
+    labels: Mapping[str, Tensor]  # split → int64 [N]
+    test: str
+    classes: tuple[str, ...]
+    image: str
+    size: int
+    channels: int
+    streamed: bool
+    bad_images: str
+    workers: int
+
+    def split(self, name: str, rows: Tensor) -> Split:
+        """The given rows (int64 [N]) of a split, decoded if it is to live in memory."""
+        short = round(self.size * EVALUATION_ZOOM) if self.streamed else self.size
+        reader = _Reader(self.tables[name], self.image, name, self.size, self.channels, short)
+        shape = (0 if self.streamed else len(rows), self.channels, self.size, self.size)
+        images = torch.empty(shape, dtype=torch.uint8)
+        bad: dict[int, _Fault] = {}
+        if not self.streamed or self.bad_images == "skip":  # read every image once
+            jobs = (_Job(chunk.tolist()) for chunk in rows.split(256))
+            done = 0
+            for decoded, faults in _decode_all(reader, jobs, self.workers if len(rows) >= MANY or self.streamed else 0):
+                if faults and self.bad_images == "refuse":
+                    raise _unreadable(faults)
+                bad.update(faults)
+                if not self.streamed:
+                    images[done : done + len(decoded)] = decoded
+                    done += len(decoded)
+            rows = rows[[row not in bad for row in rows.tolist()]]
+        if len(rows) == 0:
+            raise _unreadable(bad)
+        labels, skipped = self.labels[name][rows], tuple(fault.name for fault in bad.values())
+        if self.streamed:
+            return Streamed(reader, rows, labels, self.classes, workers=self.workers, skipped=skipped)
+        return InMemory(images[: len(rows)], labels, self.classes, skipped=skipped)
+
+
+def _open(
+    source: str, size: int, channels: int, augment: str, bad_images: str, memory_limit: int, workers: int
+) -> _Opened:
+    _positive(size, "size")
+    _one_of(augment, AUGMENTATIONS, "augment")
+    _one_of(bad_images, ("refuse", "skip"), "bad_images")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (colour), not {channels}")
+    if workers < 0:
+        raise ValueError(f"workers must be at least 0, not {workers}")
+
+    place, _, query = source.partition("?")
+    choice = dict(parse_qsl(query, keep_blank_values=True))
+    for key in choice:
+        _one_of(key, ("image", "label", "config"), f"choice in the source {source!r}:")
+    tables = _load(place, choice.get("config"))
+    features = next(iter(tables.values())).features
+    image = _image_column(features, choice.get("image"), source)
+    label = _label_column(features, choice.get("label", _KNOWN_LABELS.get(place)), source)
+
+    labels = {name: _labels(table, label) for name, table in tables.items()}
+    test = next((name for name in _TEST_NAMES if name in labels and bool((labels[name] >= 0).any())), None)
+    if len(labels.get("train", ())) == 0 or test is None:
+        found = ", ".join(f"{n} ({len(x)} images, {int((x >= 0).sum())} labelled)" for n, x in labels.items())
+        missing = "a split named train" if test else f"a labelled test split (one of {', '.join(_TEST_NAMES)})"
+        raise ValueError(
+            f"{source!r} has no usable {missing}; found: {found}. "
+            "Name the shards train-….parquet and test-….parquet, or the folders train/CLASS and test/CLASS"
+        )
+    names = getattr(features[label], "names", None) or [str(k) for k in range(int(labels["train"].max()) + 1)]
+    classes = tuple(names)
+    _check_classes(classes, repr(source))
+    for name in ("train", test):
+        _check_labels(labels[name], classes, f"split {name!r} of {source!r}")
+
+    largest = max(len(labels["train"]), len(labels[test])) * channels * size * size
+    streamed = augment == "resized-crop-flip" or largest > memory_limit
+    images = {name: tables[name].select_columns([image]).with_format("arrow") for name in ("train", test)}
+    return _Opened(images, labels, test, classes, image, size, channels, streamed, bad_images, workers)
+
+
+def _load(place: str, config: str | None) -> Mapping[str, Any]:
+    """All splits of a place, as `datasets.Dataset`s by name."""
+    import datasets
+    from pyarrow.lib import ArrowException
+
+    folder = Path(__file__).with_name(_EMBEDDED[place]) if place in _EMBEDDED else Path(place).expanduser()
+    local = place != "" and folder.is_dir()
+    pathlike = place == "" or place[0] in "./~" or place.count("/") > 1 or "\\" in place
+    if not local and (pathlike or folder.is_file()):
+        found = "is a file, not a folder" if folder.is_file() else "no such folder"
+        raise ValueError(f"{place!r}: {found}. Give a folder of parquet shards or of class folders, or a hub name")
+    options: dict[str, Any] = {"path": str(folder.resolve()) if local else place, "name": config}
+    if local and (folder / "train").is_dir():  # literal split names: a class folder may be called train, too
+        options["data_files"] = {n: f"{n}/**" for n in ("train", *_TEST_NAMES) if (folder / n).is_dir()}
+    try:
+        with _quiet(offline=not local and not _hub_answers()):
+            builder = datasets.load_dataset_builder(**options)
+            tables = datasets.load_dataset(**options)
+    except ConnectionError as error:
+        raise ValueError(
+            f"{place!r} is no folder here, so the Hugging Face hub was tried, but it cannot be reached ({error}). "
+            "Connect, or give a local folder: parquet shards or class folders work as well"
+        ) from error
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError, ArrowException) as error:
+        what = "the folder" if local else "the Hugging Face hub's data set"
+        raise ValueError(
+            f"cannot load {what} {place!r}: {error}{f' ({error.__cause__})' if error.__cause__ else ''}. "
+            "Wanted: train-….parquet and test-….parquet, or image files in train/CLASS/ and test/CLASS/"
+        ) from error
+    if local:
+        _check_shards(builder.config.data_files or {}, tables, place)
+    return dict(tables)
+
+
+def _check_shards(files: Mapping[str, Iterable[str]], tables: Mapping[str, Any], place: str) -> None:
+    """Refuse parquet shards whose class names differ: `datasets` would read them all with the first shard's names."""
+    from datasets import Features
+    from pyarrow.parquet import read_schema
+
+    for name, table in tables.items():
+        for file in (str(file) for file in files.get(name, ()) if str(file).endswith(".parquet")):
+            own = Features.from_arrow_schema(read_schema(file))
+            for column, feature in table.features.items():
+                ours, theirs = getattr(feature, "names", None), getattr(own.get(column), "names", None)
+                if ours and theirs and ours != theirs:
+                    raise ValueError(
+                        f"{place!r}: classes of column {column!r} do not agree between shards: {ours} in the first, "
+                        f"{theirs} in {Path(file).name}. Write all shards with the same class names in the same order"
+                    )
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached, known in seconds; `datasets` itself would retry for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the http client of this version raises; offline, a cached data set still loads
+        return False
+    return True
+
+
+@contextmanager
+def _quiet(offline: bool) -> Iterator[None]:
+    """No progress bars, log lines or warnings of the Hugging Face libraries; all settings are put back afterwards."""
+    import datasets
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    loggers = [(logger, logger.level) for logger in map(logging.getLogger, ("datasets", "huggingface_hub"))]
+    restore: list[Callable[[], object]] = []
+    if not datasets.are_progress_bars_disabled():
+        restore.append(datasets.enable_progress_bars)
+    if not are_progress_bars_disabled():
+        restore.append(enable_progress_bars)
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            datasets.disable_progress_bars()
+            disable_progress_bars()
+            for logger, _ in loggers:
+                logger.setLevel(logging.CRITICAL)
+            datasets.config.HF_HUB_OFFLINE = was_offline or offline
+            yield
+        finally:
+            datasets.config.HF_HUB_OFFLINE = was_offline
+            for logger, level in loggers:
+                logger.setLevel(level)
+            for undo in restore:
+                undo()
+
+
+def _image_column(features: Mapping[str, Any], chosen: str | None, source: str) -> str:
+    from datasets import Image as ImageFeature
+
+    columns = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+    return _pick(columns, chosen, "image", source, features)
+
+
+def _label_column(features: Mapping[str, Any], chosen: str | None, source: str) -> str:
+    from datasets import ClassLabel
+
+    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    integers = [name for name, feature in features.items() if "int" in getattr(feature, "dtype", "")]
+    columns = classes or [name for name in integers if name in _LABEL_NAMES]
+    return _pick(columns if chosen is None else classes + integers, chosen, "label", source, features)
+
+
+def _pick(columns: list[str], chosen: str | None, kind: str, source: str, features: Mapping[str, Any]) -> str:
+    if chosen in columns:
+        return chosen
+    if chosen is None and len(columns) == 1:
+        return columns[0]
+    way_out = f"choose one with {source.partition('?')[0]}?{kind}=COLUMN"
+    if not columns:
+        way_out = f"it needs one, {'of images' if kind == 'image' else 'of class numbers'}; "
+        way_out += "a folder needs images in two or more class folders, all equally deep: train/CLASS/1.jpg"
+    listed = ", ".join(dict.fromkeys(columns)) or f"none among {', '.join(features)}"
+    problem = f"no {kind} column {chosen!r}" if chosen is not None else f"{len(columns)} {kind} columns"
+    raise ValueError(f"{source!r} has {problem} (candidates: {listed}): {way_out}")
+
+
+def _labels(table: Any, column: str) -> Tensor:
+    """int64 [N]; a missing label is −1."""
+    return torch.tensor(table.data.column(column).cast("int64").fill_null(-1).to_numpy())
+
+
+def _check_classes(classes: Sequence[str], where: str) -> None:
+    if len(classes) < 2:
+        raise ValueError(f"{where}: {len(classes)} class, but telling classes apart needs at least 2")
+
+
+def _check_labels(labels: Tensor, classes: Sequence[str], where: str) -> None:
+    wrong = ((labels < 0) | (labels >= len(classes))).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{where}: the label of row {row} is {int(labels[row])}, but {len(classes)} classes are numbered 0 to "
+            f"{len(classes) - 1} ({len(wrong)} such rows). Correct the labels or remove the rows"
+        )
+
+
+def _held_out(labels: Tensor, classes: Sequence[str], source: str) -> Tensor:
+    """bool [N]: the validation images, 4 % of all, as many of each class as of any other."""
+    counts = labels.bincount(minlength=len(classes))
+    if int(counts.min()) < 2:
+        few = [f"{name!r} ({n})" for name, n in zip(classes, counts.tolist(), strict=True) if n < 2]
+        raise ValueError(
+            f"{source!r}: a class needs 2 training images, one of them for validation; "
+            f"too few in: {', '.join(few[:10])}. Add images, or drop the class; "
+            "class folders must have the same names in train and test"
+        )
+    quota = (counts // 2).clamp(max=max(1, round(0.04 * len(labels) / len(classes))))
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]  # class 0 in random order, then class 1, …
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[by_class[rank < quota.repeat_interleave(counts)]] = True
+    return held
+
+
+# ------------------------------------------------------------------------------------------------ decoding and geometry
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A batch to decode: rows of the table, and what to do to them."""
+
+    rows: list[int]
+    seed: int | None = None
+    augment: str = "none"
+
+
+class _Fault(NamedTuple):
+    """An unreadable image: its path, or its split and row, and what the decoder said."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class _Reader(Dataset[tuple[Tensor, dict[int, _Fault]]]):
+    """Decodes batches of a split; what DataLoader workers hold. `reader[job]` is (readable images, faults by row)."""
+
+    table: Any
+    column: str
+    split: str
+    size: int
+    channels: int
+    short: int  # evaluation: pixels of the resized image's shorter side
+
+    def __getitem__(self, job: _Job) -> tuple[Tensor, dict[int, _Fault]]:
+        images = np.empty((len(job.rows), self.size, self.size, self.channels), np.uint8)
+        good = 0
+        bad: dict[int, _Fault] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd files
+            for row, value in zip(job.rows, self.table[job.rows][self.column].to_pylist(), strict=True):
+                try:
+                    images[good] = self._pixels(value, row, job)
+                except Exception as error:  # Pillow raises anything on a broken file
+                    inside = value is None or value["bytes"] is not None or value["path"] is None
+                    name = f"row {row} of split {self.split!r}" if inside else value["path"]
+                    bad[row] = _Fault(name, f"{type(error).__name__}: {error}")
+                else:
+                    good += 1
+        return torch.from_numpy(images[:good]).permute(0, 3, 1, 2).contiguous(), bad
+
+    def _pixels(self, value: Any, row: int, job: _Job) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """uint8 [H, W, C] of one image, resized and augmented."""
+        image = _decode(value, self.channels)
+        box, flip = _centre_box(image.width, image.height, self.size / self.short), False
+        if job.seed is not None and job.augment != "none":
+            draws = iter(torch.rand(23, generator=_generator(job.seed, row)).tolist())
+            flip = next(draws) < 0.5
+            if job.augment != "flip":
+                box = _random_box(image.width, image.height, draws)
+        pixels = np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+        return (pixels[:, ::-1] if flip else pixels).reshape(self.size, self.size, self.channels)
+
+
+def _decode_all(
+    reader: _Reader, jobs: Iterable[_Job], workers: int, pin: bool = False
+) -> Iterator[tuple[Tensor, dict[int, _Fault]]]:
+    """Decode the jobs in order. Workers run one thread each (DataLoader sees to it), touch no device, and end when this
+    generator is closed or dropped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # more workers than cores; forking a process that has threads
+        loader = iter(
+            DataLoader(
+                reader,
+                batch_size=None,
+                sampler=jobs,
+                num_workers=workers,
+                multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+                pin_memory=pin,
+                generator=torch.Generator(),  # else it would draw from the global one
+            )
+        )
+    yield from loader
+
+
+def _unreadable(faults: Mapping[int, _Fault]) -> ValueError:
+    name, why = next(iter(faults.values()))
+    way_out = "Repair or remove it, or leave such images out with bad_images='skip'"
+    return ValueError(f"unreadable image: {name} ({why}). {way_out}")
+
+
+def _decode(value: Any, channels: int) -> Image.Image:
+    """The image in a Hugging Face image struct {bytes, path}, upright, in mode L (1 channel) or RGB (3)."""
+    image = Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
+    with image:
+        upright = ImageOps.exif_transpose(image)  # loads the pixels
+    if upright.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
+    if upright.mode.startswith("I"):  # 16 bits
+        upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
+    if upright.has_transparency_data:
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+    return upright.convert("L" if channels == 1 else "RGB")
+
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+def _centre_box(width: int, height: int, part: float) -> _Box:
+    """The centred square whose side is `part` of the shorter side."""
+    side = min(width, height) * part
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _random_box(width: int, height: int, draws: Iterator[float]) -> _Box:
+    """A box of 8–100 % of the area and aspect ratio 3/4–4/3, from 2 draws for its place and 2 for each try at its size;
+    if none of the tries fits, the largest one allowed."""
+    across, down = next(draws), next(draws)
+    box = min(width, height * 4 / 3), min(height, width * 4 / 3)
+    for area, aspect in zip(draws, draws, strict=True):
+        pixels, ratio = width * height * (0.08 + 0.92 * area), (4 / 3) ** (2 * aspect - 1)
+        tried = math.sqrt(pixels * ratio), math.sqrt(pixels / ratio)
+        if tried[0] <= width and tried[1] <= height:
+            box = tried
+            break
+    left, top = across * (width - box[0]), down * (height - box[1])
+    return left, top, min(left + box[0], width), min(top + box[1], height)
+
+
+def _shift_and_flip(images: Tensor, padding: int, fill: int, generator: torch.Generator) -> Tensor:
+    """Pad uint8 [B, C, H, W] with `fill`, cut an H×W window at random out of each image, mirror half of them."""
+    count, channels, height, width = images.shape
+    device = images.device
+    flip = torch.randint(2, (count, 1), generator=generator).bool().to(device)
+    top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).to(device)
+    across = torch.arange(width, device=device)
+    rows = top + torch.arange(height, device=device)  # [B, H]
+    columns = left + torch.where(flip, across.flip(0), across)  # [B, W]
+    padded = pad(images, (padding,) * 4, value=fill)
+    wide = width + 2 * padding
+    index = (rows[:, :, None] * wide + columns[:, None, :]).flatten(1)[:, None, :].expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, index).view(images.shape)

@@ -1,0 +1,365 @@
+"""The training: how one stage is fitted, and how each stage starts from the one above, from the CNN down to one timestep. Knows nothing of screens.
+
+All randomness of an optimiser step is a function of (seed, stage, step): images, augmentation and dropout. So a run that was stopped anywhere, and goes on,
+is the run that was never stopped.
+"""
+
+import contextlib
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unitstep.conversion import Spiking, calibrate_
+from unitstep.data import Split, load_train, mix
+from unitstep.neuron import clamp_, compiled, compiler_available
+from unitstep.recipes import Recipe, Stage
+from unitstep.runs import Run, locked, open_run
+
+CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
+COMPILE_FROM = 5e9  # neuron updates in a stage from which compiling the neurons pays for itself
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is: given to the `progress` callback at every step."""
+
+    index: int
+    stage: Stage
+    step: int
+    total: int
+    """Optimiser steps of the stage: done so far, and in all."""
+    loss: float | None = None
+    best: float | None = None
+    """Percent of the validation images, with the best weights so far."""
+    seconds: float = 0.0
+    done: bool = False
+    """The stage is finished and its weights are written."""
+
+
+@contextlib.contextmanager
+def _sigint() -> Iterator[threading.Event]:
+    """Within this context the first SIGINT sets the event; a second one interrupts at once, as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def note(*_: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: Literal["auto", "on", "off"] = "auto",
+    time_limit: float | None = None,
+    max_loss: float | None = None,
+    bad_images: Literal["refuse", "skip"] = "refuse",
+    progress: Callable[[Progress], None] | None = None,
+) -> Run:
+    """Train all stages of `recipe` in the run folder `out`, or go on with what is there; returns the run as far as it got.
+
+    data: images to use in place of the recipe's.  device: auto, cpu, cuda.  precision: auto, fp32, bf16 (mixed: weights, membranes, evaluation stay fp32).
+    compile: fuse the neurons by torch.compile; auto does where a compiler is there and the stage is long enough to gain.
+    time_limit: minutes after which it stops, with a saved state.  max_loss: percentage points of validation accuracy; the ladder ends at the first T that loses
+    more than that against the CNN.  bad_images: refuse or skip unreadable ones.
+    Raises ValueError for a user's mistake, FloatingPointError if the loss is not finite, KeyboardInterrupt after SIGINT once the state is saved.
+    """
+    started = time.monotonic()
+    where = choose_device(device)
+    amp = _precision(precision, where)
+    if data is not None:
+        recipe = replace(recipe, data=data)
+    run = open_run(out, recipe, precision="bf16" if amp else "fp32", device=where.type)
+    limit = math.inf if time_limit is None else started + 60 * time_limit
+    with locked(run), _sigint() as interrupted:
+        train_split, val_split = load_train(recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images)
+        if recipe.augment != "resized-crop-flip":
+            train_split, val_split = train_split.to(where), val_split.to(where)
+        reference: float | None = None
+        for index, stage in enumerate(recipe.stages):
+            if not run.stage_path(index).exists():
+                fit = _Fit(run, index, train_split, val_split, where, amp, progress or (lambda _: None))
+                with compiled(_pays(compile, fit.net, stage, train_split, where)):
+                    if not fit.climb(lambda: interrupted.is_set() or time.monotonic() > limit):
+                        if interrupted.is_set():
+                            raise KeyboardInterrupt
+                        return run
+            accuracy = run.finished(index).val_accuracy
+            reference = accuracy if reference is None else reference
+            if max_loss is not None and reference - accuracy > max_loss:
+                break
+    return run
+
+
+class _Fit:
+    """One stage in training: network, optimiser, position, best weights so far."""
+
+    def __init__(self, run: Run, index: int, train: Split, val: Split, device: torch.device, amp: bool, progress: Callable[[Progress], None]) -> None:
+        self.run, self.index, self.stage, self.progress = run, index, run.recipe.stages[index], progress
+        self.train, self.val, self.device, self.amp = train, val, device, amp
+        self.per_epoch = train.steps(self.stage.batch)
+        self.total = max(1, round(self.stage.epochs * self.per_epoch))
+        self.step, self.seconds = 0, 0.0
+        self.best_accuracy, self.best = -1.0, dict[str, Tensor]()
+        self.losses: list[Tensor] = []  # of the epoch so far; on the device, so that no step waits for the last
+        state = self._saved_state()
+        net = self._start(fresh=state is None)
+        self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = _optimizer(self.net, self.stage)
+        if state is not None:
+            self._restore(*state)
+
+    def _start(self, *, fresh: bool) -> nn.Module:
+        """The network as the stage begins: weights from the seed, or those of the stage above; thresholds are calibrated once, for the first spiking stage."""
+        if self.index == 0:
+            return self.run.cnn(len(self.train.classes))
+        above = self.run.net(self.index - 1)
+        if self.index > 1:
+            return above
+        recipe = self.run.recipe
+        snn = self.run.spiking(above)
+        if fresh:
+            size = min(recipe.calibration_images, len(self.train))
+            images, _ = next(self.train.batches(size, seed=mix(recipe.seed, self.index, -1), augment=recipe.augment))
+            steps = recipe.calibration_steps or self.stage.steps or 1
+            calibrate_(snn.to(self.device), images.to(self.device), steps=steps, percentile=recipe.percentile, scale=recipe.scale)
+        return snn
+
+    def climb(self, stop: Callable[[], bool]) -> bool:
+        """Train until the stage is finished and its file is written, or until `stop()`: then the state is saved and False returned."""
+        recipe = self.run.recipe
+        checkpoint = time.monotonic()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            while self.step < self.total:
+                epoch, position = divmod(self.step, self.per_epoch)
+                order = mix(recipe.seed, self.index, epoch)
+                batches = self.train.batches(self.stage.batch, seed=order, start=position, augment=recipe.augment)
+                clock = time.monotonic()
+                for images, labels in batches:
+                    self._optimise(images, labels)
+                    if self.step % self.per_epoch == 0 or self.step == self.total:
+                        self._end_epoch(epoch + 1)
+                    now = time.monotonic()
+                    self.seconds, clock = self.seconds + now - clock, now
+                    self._tell()
+                    if self.step == self.total:
+                        break
+                    if (stopping := stop()) or now - checkpoint > CHECKPOINT_SECONDS:
+                        self._save_state()
+                        checkpoint = clock = time.monotonic()
+                    if stopping:
+                        return False
+        info = {"val_accuracy": self.best_accuracy, "seconds": round(self.seconds, 3), "classes": self.train.classes}
+        self.run.save(self.run.stage_path(self.index), self.best, self.index, **info)
+        self.run.state_path.unlink(missing_ok=True)
+        self._tell(done=True)
+        return True
+
+    def _optimise(self, images: Tensor, labels: Tensor) -> None:
+        """One optimiser step on images uint8 [B, C, H, W] and labels [B]."""
+        torch.manual_seed(mix(self.run.recipe.seed, self.index, self.step, 0))  # dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.stage, self.step, self.total)
+        self.net.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        parts = min(self.stage.accumulate, len(images))
+        for part, target in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                logits = forward(self.net, part.to(self.device), self.stage.steps)
+            target = target.to(self.device)
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=self.stage.label_smoothing)
+            loss = loss * (len(part) / len(images))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self.losses.append(total)
+        if self.device.type == "cpu":
+            self._check_losses()
+        self.optimizer.step()
+        clamp_(self.net)
+        self.step += 1
+
+    def _check_losses(self) -> float:
+        """The mean loss of the epoch so far. FloatingPointError, naming the first step, if one is not finite; the state on disk is from before it."""
+        losses = torch.stack(self.losses).cpu()
+        if not losses.isfinite().all():
+            first = self.step - len(losses) + int((~losses.isfinite()).nonzero()[0]) + 1
+            raise FloatingPointError(
+                f"the loss is {losses[~losses.isfinite()][0].item()} in stage {self.stage.name} at step {first} of {self.total}; the files in {self.run.path} "
+                f"are from before it. A lower learning rate helps most often (--stages.{self.index}.lr, now {self.stage.lr})"
+            )
+        return losses.mean().item()
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Validate, keep the weights if they are the best so far (on a tie the later ones), log."""
+        loss = self._check_losses()
+        self.losses = []
+        val = accuracy(self.net, self.val, self.stage.steps, self.device)
+        if val >= self.best_accuracy:
+            self.best_accuracy = val
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.net.state_dict().items()}
+        row = {"stage": self.index, "name": self.stage.name, "epoch": epoch, "step": self.step, "loss": round(loss, 5), "val_accuracy": val}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 1)}
+        if isinstance(self.net, Spiking):
+            row["thresholds"] = [round(lif.threshold.item(), 5) for lif in self.net.lifs.values()]
+            row["leaks"] = [round(lif.leak.item(), 5) for lif in self.net.lifs.values()]
+        self.run.write_log(row)
+
+    def _tell(self, *, done: bool = False) -> None:
+        loss = self.losses[-1].item() if self.losses and (self.device.type == "cpu" or self.step % 50 == 0) else None
+        best = self.best_accuracy if self.best else None
+        self.progress(Progress(self.index, self.stage, self.step, self.total, loss, best, self.seconds, done))
+
+    def _save_state(self) -> None:
+        """Everything that the next step depends on, in one file: weights, optimiser, position, best weights so far."""
+        if self.losses:
+            self._check_losses()
+        tensors = {f"model.{name}": tensor for name, tensor in self.net.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{key}": value for key, value in values.items() if value is not None}
+        info = {"step": self.step, "seconds": self.seconds, "best_accuracy": self.best_accuracy, "losses": [loss.item() for loss in self.losses]}
+        self.run.save(self.run.state_path, tensors, self.index, **info)
+
+    def _saved_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        index = self.run.state_index()
+        if index is None or index < self.index:  # of a stage that was finished just before a crash
+            return None
+        return self.run.load(self.run.state_path, self.index)
+
+    def _restore(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        self.net.load_state_dict(_under("model.", tensors))
+        self.best = _under("best.", tensors)
+        self.step, self.seconds, self.best_accuracy = info["step"], info["seconds"], info["best_accuracy"]
+        self.losses = [torch.tensor(loss, device=self.device) for loss in info["losses"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for name, tensor in _under("optimizer.", tensors).items():
+            number, key = name.split(".")
+            like = parameters[int(number)]
+            value = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape and key != "step" else tensor
+            state.setdefault(int(number), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def forward(net: nn.Module, images: Tensor, steps: int | None) -> Tensor:
+    """images [B, C, H, W] → logits [B, classes], at `steps` timesteps or, with None, as a CNN."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    logits: Tensor = net(images) if steps is None else net(images, steps)
+    return logits
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, split: Split, steps: int | None, device: torch.device) -> float:
+    """Percent of the images of `split` whose class has the largest logit, in fp32; steps=None calls the net as a CNN."""
+    net.eval()
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    for images, labels in split.batches(max(1, 512 // (steps or 1))):
+        right += (forward(net, images.to(device), steps).argmax(1) == labels.to(device)).sum()
+    return 100 * right.item() / len(split)
+
+
+def learning_rate(stage: Stage, step: int, total: int) -> float:
+    """The rate of optimiser step `step` (from 0) of `total`: a linear rise over `warmup`, then a division at each milestone, or a linear fall to 0."""
+    done = step / total
+    if done < stage.warmup:
+        return stage.lr * (step + 1) / math.ceil(stage.warmup * total)
+    if stage.milestones:
+        return stage.lr / stage.factor ** sum(done >= milestone for milestone in stage.milestones)
+    return stage.lr * (1 - done) / (1 - stage.warmup)
+
+
+def _optimizer(net: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """Weight decay acts on matrices and kernels alone: thresholds, leaks, biases and batch norms are scales, not weights."""
+    parameters = list(net.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9)
+    if stage.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=stage.lr)
+    return torch.optim.Adam(groups, lr=stage.lr, amsgrad=True)
+
+
+def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch.device) -> bool:
+    """Whether the stage's neurons are worth compiling."""
+    if choice == "off" or not isinstance(net, Spiking) or stage.steps is None:
+        return False
+    if choice == "on":
+        return True
+    if not compiler_available(device):
+        return False
+    sizes: list[int] = []
+    hooks = [lif.register_forward_hook(lambda _m, _i, spikes: sizes.append(spikes.numel())) for lif in net.lifs.values()]
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, *train.shape, dtype=torch.uint8, device=device), 1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(sizes) * stage.steps * stage.epochs * len(train) > COMPILE_FROM
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that auto, cpu or cuda means here. ValueError if it is none of them or is absent."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available here (torch.cuda.is_available() is false): use --device cpu, or install a CUDA build of torch")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _precision(name: str, device: torch.device) -> bool:
+    """Whether to train in bf16. auto: where it is faster, on GPUs and on processors with matrix units for it (AMX)."""
+    if name not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision must be auto, fp32 or bf16, not {name!r}")
+    if name == "fp32" or (name == "auto" and device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16")):
+        return False
+    if device.type == "cuda":
+        return name == "bf16" or torch.cuda.is_bf16_supported()
+    works = _bf16_works()
+    if name == "bf16" and not works:
+        raise ValueError(
+            "bf16 matrix products crash on this processor, as they do where a virtual machine announces AMX but does not pass it on: "
+            "use --precision fp32, or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+        )
+    return works
+
+
+def _bf16_works() -> bool:
+    """Tried in another process, since an illegal instruction would end this one."""
+    product = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); a @ a"
+    return subprocess.run([sys.executable, "-c", product], capture_output=True).returncode == 0

@@ -1,0 +1,140 @@
+"""Ordinary convolutional networks with `nn.ReLU`: what the recipes train first. Nothing here spikes or knows of timesteps.
+
+The networks are those of the paper (VGG6, VGG16, ResNet20) and a small VGG for CPUs. Convolutions and linear layers have no bias: a batch norm
+has its own, and without one the thresholds take over its part. Every network takes raw uint8 images; its first module is `Normalize`.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Plan = Sequence[int | Literal["P"]]  # output channels of each 3×3 convolution; "P" halves the image
+
+PLANS: dict[str, tuple[Plan, tuple[int, ...]]] = {  # convolutions, widths of the hidden linear layers
+    "vgg-mini": ((16, "P", 32, 32, "P", 64, "P"), ()),
+    "vgg-quick": ((64, "P", 128, 128, "P", 256, 256, "P", 512, 512, "P"), ()),
+    "vgg6": ((64, "P", 128, 128, "P"), (4096, 4096)),
+    "vgg16": ((64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512), (4096, 4096)),
+    "vgg16-imagenet": ((64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512, "P"), (4096, 4096)),
+}
+
+
+class Normalize(nn.Module):
+    """Pixels [B, C, H, W], uint8 or float in 0…255, → (pixel − zero_point)·scale in the dtype of `scale`, per channel or with one value for all."""
+
+    def __init__(self, zero_point: Sequence[float], scale: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        zero_point, scale = self.get_buffer("zero_point"), self.get_buffer("scale")
+        return (images.to(scale.dtype) - zero_point) * scale
+
+
+def build(
+    name: str,
+    *,
+    classes: int,
+    channels: int = 3,
+    size: int = 32,
+    batch_norm: bool = True,
+    pool: str = "avg",
+    dropout: float = 0.0,
+    zero_point: Sequence[float] = (128,),
+    scale: Sequence[float] = (1 / 64,),
+) -> nn.Module:
+    """The network `name` (a key of `PLANS`, or "resnet20") for images [B, channels, size, size] → logits [B, classes]. ValueError if it is unknown."""
+    if name not in PLANS and name != "resnet20":
+        raise ValueError(f"no network named {name!r}; there are: {', '.join([*PLANS, 'resnet20'])}")
+    if len(zero_point) not in (1, channels) or len(scale) not in (1, channels):
+        raise ValueError(f"zero_point and scale need 1 value or one for each of {channels} channels, not {len(zero_point)} and {len(scale)}")
+    body = (
+        _ResNet20(classes, channels, size, batch_norm, pool, dropout)
+        if name == "resnet20"
+        else _vgg(*PLANS[name], classes, channels, size, batch_norm, pool, dropout)
+    )
+    net = nn.Sequential(Normalize(zero_point, scale), *body) if isinstance(body, nn.Sequential) else nn.Sequential(Normalize(zero_point, scale), body)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return net
+
+
+def _pool(kind: str) -> nn.Module:
+    if kind not in ("avg", "max"):
+        raise ValueError(f'pool must be "avg" or "max", not {kind!r}')
+    return nn.AvgPool2d(2) if kind == "avg" else nn.MaxPool2d(2)
+
+
+def _conv(inputs: int, outputs: int, batch_norm: bool, stride: int = 1, kernel: int = 3) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return [conv, nn.BatchNorm2d(outputs)] if batch_norm else [conv]
+
+
+def _dropout(p: float) -> list[nn.Module]:
+    return [nn.Dropout(p)] if p else []
+
+
+def _vgg(plan: Plan, hidden: Sequence[int], classes: int, channels: int, size: int, batch_norm: bool, pool: str, dropout: float) -> nn.Sequential:
+    """conv-ReLU groups with a pool, or dropout, after each ReLU; then linear-ReLU-dropout; then the readout."""
+    layers: list[nn.Module] = []
+    for width, after in zip(plan, [*plan[1:], None], strict=True):
+        if width == "P":
+            layers.append(_pool(pool))
+            size //= 2
+            continue
+        layers += [*_conv(channels, width, batch_norm), nn.ReLU(inplace=True)]
+        if after != "P":
+            layers += _dropout(dropout)
+        channels = width
+    if size < 1:
+        raise ValueError("the images are too small for this network: every pool halves them; use larger images (--size) or a network with fewer pools")
+    layers.append(nn.Flatten())
+    features = channels * size * size
+    for width in hidden:
+        layers += [nn.Linear(features, width, bias=False), nn.ReLU(inplace=True), *_dropout(dropout)]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, classes, bias=False))
+
+
+class _Block(nn.Module):
+    """ReLU(conv-ReLU-conv + shortcut); the shortcut is a 1×1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, batch_norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            *_conv(inputs, outputs, batch_norm, stride), nn.ReLU(inplace=True), *_dropout(dropout), *_conv(outputs, outputs, batch_norm)
+        )
+        self.shortcut = nn.Sequential(*_conv(inputs, outputs, batch_norm, stride, 1)) if stride != 1 or inputs != outputs else nn.Identity()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.relu(self.residual(x) + self.shortcut(x))
+        return out
+
+
+class _ResNet20(nn.Module):
+    """Three 3×3 convolutions, a pool, four stages of two blocks (64, 128, 256, 512 channels; strides 1, 2, 2, 2), the readout."""
+
+    def __init__(self, classes: int, channels: int, size: int, batch_norm: bool, pool: str, dropout: float) -> None:
+        super().__init__()
+        stem: list[nn.Module] = []
+        for inputs in (channels, 64, 64):
+            stem += [*_conv(inputs, 64, batch_norm), nn.ReLU(inplace=True), *_dropout(dropout)]
+        self.stem = nn.Sequential(*stem, _pool(pool))
+        widths = (64, 64, 128, 256, 512)
+        self.blocks = nn.Sequential(
+            *[_Block(inputs, outputs, stride, batch_norm, dropout) for before, width in zip(widths, widths[1:], strict=False)
+              for inputs, outputs, stride in ((before, width, 1 if before == width else 2), (width, width, 1))]
+        )  # fmt: skip
+        side = -(-(size // 2) // 8)  # the pool halves, three stages halve and round up
+        if size < 2:
+            raise ValueError("the images are too small for resnet20; use images of at least 2×2 pixels (--size)")
+        self.readout = nn.Linear(512 * side * side, classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.readout(torch.flatten(self.blocks(self.stem(images)), 1))
+        return logits

@@ -1,0 +1,196 @@
+"""The spiking neuron layer: how an input current becomes spikes, and how a gradient comes back. Knows nothing of networks, data or training.
+
+Per timestep t, with threshold V, leak λ and the membrane U carried from step to step::
+
+    U ← λ·U + I_t               integrate                       (U starts at initial·V)
+    s_t = 1 if U > V else 0     fire: strict, a tie is silent
+    U ← U − V·s_t               soft reset, in the same step
+    output = h·s_t              height h = 1 ("unit") or V ("threshold")
+
+A step function has no useful derivative; backward replaces it by the surrogate ds/dz = 0.3·max(0, 1 − |z|) with z = U/V − 1, and
+treats the s in the reset as a constant. At T = 1 with U(0) = 0 all this is one comparison, I > V: neither leak nor reset acts.
+Source: arXiv 2008.03658 and arXiv 2110.05929.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Height = Literal["unit", "threshold"]
+SURROGATE = 0.3  # the surrogate's peak, at U = V; its support is 0 < U < 2V
+MIN_THRESHOLD, MIN_LEAK = 1e-3, 1e-3  # learned values are kept above these
+
+_compiled: ContextVar[bool] = ContextVar("compiled", default=False)
+
+
+@contextlib.contextmanager
+def compiled(enabled: bool) -> Iterator[None]:
+    """Within this context every `LIF` runs as one fused kernel forward and one backward, made by `torch.compile`; results are the same up to rounding."""
+    token = _compiled.set(enabled)
+    try:
+        yield
+    finally:
+        _compiled.reset(token)
+
+
+def compiler_available(device: torch.device) -> bool:
+    """Whether `torch.compile` has what it needs to make kernels for `device`: a C++ compiler, or Triton on a GPU."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton  # type: ignore[attr-defined,unused-ignore]
+
+        return bool(has_triton())
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def membranes(
+    current: Tensor, V: Tensor, leak: Tensor, steps: int, left: Tensor | None
+) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
+    """Yield per step (membrane left by the step before, membrane before the reset, whether it fires).
+
+    current: [steps, N], or [1, N] if it is the same at every step.  left: what the membranes start from; None is 0.
+    """
+    for t in range(steps):
+        now = current[t if len(current) == steps else 0].to(V.dtype)
+        membrane = now if left is None else leak * left + now
+        fires = membrane > V
+        yield left, membrane, fires
+        left = torch.where(fires, membrane - V, membrane)
+
+
+def _fire(current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, initial: float) -> Tensor:
+    """[steps, N] (or [1, N]) → spikes [steps, N] in the dtype of `current`."""
+    worth = V if height == "threshold" else torch.ones_like(V)
+    left = initial * V if initial else None
+    states = membranes(current, V, leak, steps, left)
+    spikes = [torch.where(fires, worth, 0).to(current.dtype) for _, _, fires in states]
+    return torch.stack(spikes) if steps > 1 else spikes[0][None]
+
+
+def _fire_backward(grad: Tensor, current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, initial: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_fire` with respect to current, threshold and leak. The membranes are computed again, so only `current` had to be kept."""
+    states = list(membranes(current, V, leak, steps, initial * V if initial else None))
+    to_current = []
+    to_V, to_leak = torch.zeros_like(V), torch.zeros_like(V)
+    carried = None  # dL/dU after the reset of step t, which comes from step t + 1
+    for t in reversed(range(steps)):
+        left, membrane, fires = states[t]
+        g = grad[t].to(V.dtype)
+        to_z = g * SURROGATE * (1 - (membrane / V - 1).abs()).clamp(min=0)  # dL/dz, for height 1
+        if height == "threshold":
+            to_z = to_z * V
+            to_V = to_V + torch.where(fires, g, 0).sum()  # through the height itself
+        to_V = to_V - (to_z * membrane).sum() / (V * V)  # ∂z/∂V = −U/V²
+        to_membrane = to_z / V  # ∂z/∂U = 1/V
+        if carried is not None:
+            to_membrane = to_membrane + carried  # the reset passes dL/dU on: its s is a constant …
+            to_V = to_V - torch.where(fires, carried, 0).sum()  # … but its V is not
+        to_current.append(to_membrane)
+        if left is not None:
+            to_leak = to_leak + (to_membrane * left).sum()
+        carried = leak * to_membrane
+    if initial and carried is not None:
+        to_V = to_V + initial * carried.sum()
+    if len(current) == steps:
+        return torch.stack(to_current[::-1]).to(current.dtype), to_V, to_leak
+    return sum(to_current[1:], to_current[0])[None].to(current.dtype), to_V, to_leak
+
+
+@cache
+def _kernel(function: Any) -> Any:
+    """`function` compiled with a symbolic N: one kernel per number of steps serves every layer. It raises rather than fall back to eager in silence."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _call(function: Any, fuse: bool, *args: Any) -> Any:
+    if not fuse:
+        return function(*args)
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+        return _kernel(function)(*args)
+
+
+class _Fire(torch.autograd.Function):
+    """All steps of one layer: one pass forward, one backward. It keeps the current and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, threshold: Tensor, leak: Tensor, steps: int, height: str, initial: float) -> Tensor:
+        ctx.save_for_backward(current, threshold, leak)
+        ctx.options = steps, height, initial
+        ctx.fuse = _compiled.get()  # backward may run in another thread, where the context is not known
+        precision = torch.promote_types(current.dtype, torch.float32)  # half-precision currents are integrated in fp32
+        spikes: Tensor = _call(_fire, ctx.fuse, current, threshold.to(precision), leak.to(precision), *ctx.options)
+        return spikes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        current, threshold, leak = ctx.saved_tensors
+        precision = torch.promote_types(current.dtype, torch.float32)
+        to_current, to_threshold, to_leak = _call(
+            _fire_backward, ctx.fuse, grads[0].contiguous(), current, threshold.to(precision), leak.to(precision), *ctx.options
+        )
+        return to_current, to_threshold.to(threshold.dtype), to_leak.to(leak.dtype), None, None, None
+
+
+class LIF(nn.Module):
+    """A layer of leaky integrate-and-fire neurons with one learnable threshold and one learnable leak (equations: this module's docstring).
+
+    threshold: V > 0, in the unit of the current.  leak: λ in (0, 1]; 1 forgets nothing.  height: what a spike is worth downstream, 1 or V.
+    initial: U(0) in units of V (0.5 turns the rounding of a T-step response from floor into nearest).
+    Integration is in fp32 for fp32, bf16 and fp16 currents and in fp64 for fp64 ones. No state survives a call.
+    """
+
+    def __init__(self, threshold: float = 1.0, leak: float = 1.0, *, height: Height = "unit", initial: float = 0.0) -> None:
+        super().__init__()
+        if not threshold > 0:
+            raise ValueError(f"threshold must be greater than 0, not {threshold}")
+        if not 0 < leak <= 1:
+            raise ValueError(f"leak must be in (0, 1], not {leak}: 1 forgets nothing, 0.9 forgets a tenth per step")
+        if height not in ("unit", "threshold"):
+            raise ValueError(f'height must be "unit" (a spike is worth 1) or "threshold" (it is worth V), not {height!r}')
+        if not 0 <= initial < 1:
+            raise ValueError(f"initial must be in [0, 1), as a fraction of the threshold, not {initial}")
+        self.threshold = nn.Parameter(torch.tensor(float(threshold)))
+        self.leak = nn.Parameter(torch.tensor(float(leak)))
+        self.height, self.initial = height, initial
+
+    def forward(self, current: Tensor, steps: int = 1, *, static: bool = False) -> Tensor:
+        """Current [T·B, …], all B of step 1 first, → spikes [T·B, …], same dtype and memory format; values 0 and h.
+
+        static: the current is [B, …] and the same at every step, as it is until something has spiked.
+        Raises ValueError if steps < 1 or if the first dimension is not a multiple of steps.
+        """
+        check_steps(steps)
+        rows = 1 if static else steps
+        if current.dim() == 0 or current.shape[0] % rows:
+            raise ValueError(f"current of shape {list(current.shape)} does not hold {steps} steps: its first dimension must be steps·batch")
+        nhwc = current.dim() == 4 and current.is_contiguous(memory_format=torch.channels_last) and not current.is_contiguous()
+        dense = current.permute(0, 2, 3, 1) if nhwc else current  # one row per step, in memory order: nothing is copied
+        flat = dense.reshape(rows, dense.numel() // rows)
+        fired: Tensor = _Fire.apply(flat, self.threshold, self.leak, steps, self.height, self.initial)
+        spikes = fired.view(dense.shape[0] // rows * steps, *dense.shape[1:])
+        return spikes.permute(0, 3, 1, 2) if nhwc else spikes
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold.item():.4g}, leak={self.leak.item():.4g}, height={self.height!r}, initial={self.initial}"
+
+
+def check_steps(steps: int) -> int:
+    """Return `steps` if it is a whole number of timesteps, at least 1; else raise ValueError."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of timesteps, 1 or more, not {steps!r}")
+    return steps
+
+
+def clamp_(net: nn.Module) -> None:
+    """Bring every threshold of `net` back above 0 and every leak back into (0, 1], in place. To be called after each optimiser step."""
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, LIF):
+                module.threshold.clamp_(min=MIN_THRESHOLD)
+                module.leak.clamp_(min=MIN_LEAK, max=1.0)

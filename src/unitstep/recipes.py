@@ -1,0 +1,244 @@
+"""What an experiment is, as plain data, and the experiments that come with the library. Knows nothing of torch, files or devices.
+
+A recipe's steps of randomness, choices and costs are all in its fields: the same recipe on the same machine gives the same run. The recipes
+whose names end in "-paper" follow arXiv 2110.05929 as far as it is known; the others are sized for less hardware.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Optimizer = Literal["sgd", "adamw", "adam-amsgrad"]
+Augment = Literal["none", "flip", "crop-flip", "resized-crop-flip"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One rung of the ladder: how the network is trained at one number of timesteps, starting from the rung above."""
+
+    steps: int | None
+    """Number of timesteps T; None trains the CNN itself."""
+    epochs: float
+    """Passes over the training images; fractions are allowed, at least one optimiser step is made."""
+    lr: float
+    """Peak learning rate."""
+    optimizer: Optimizer = "adamw"
+    """sgd has momentum 0.9; adam-amsgrad is the paper's for spiking stages."""
+    weight_decay: float = 0.0
+    """Decay of weight matrices and kernels (not of thresholds, leaks, biases and batch norms)."""
+    batch: int = 128
+    """Images per optimiser step."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, to save memory; their gradients are summed."""
+    warmup: float = 0.0
+    """Share of the stage, 0 to 1, over which lr rises linearly from 0."""
+    milestones: tuple[float, ...] = ()
+    """Shares of the stage, 0 to 1, at which lr is divided by `factor`; none: lr falls linearly to 0."""
+    factor: float = 5.0
+    """What lr is divided by at a milestone."""
+    label_smoothing: float = 0.0
+    """Share of the target, 0 to 1, that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"a stage needs steps of 1 or more (or None for the CNN), not {self.steps}")
+        for field in ("epochs", "lr", "batch", "accumulate", "factor"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"a stage's {field} must be greater than 0, not {getattr(self, field)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"a batch of {self.batch} images cannot be cut into {self.accumulate} equal parts (accumulate)")
+        for share in (self.warmup, self.label_smoothing, *self.milestones):
+            if not 0 <= share < 1:
+                raise ValueError(f"warmup, label_smoothing and milestones are shares from 0 to 1, not {share}")
+        if self.optimizer not in get_args(Optimizer):
+            raise ValueError(f"no optimizer named {self.optimizer!r}; there are: {', '.join(get_args(Optimizer))}")
+
+    @property
+    def name(self) -> str:
+        """ "cnn", "t5", "t4", …: as in the run folder's file names."""
+        return "cnn" if self.steps is None else f"t{self.steps}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of an experiment: images, network, conversion, and the ladder of stages from the CNN down to one timestep."""
+
+    name: str
+    """Name of the recipe that this one is or started from."""
+    data: str
+    """Images: a folder of class folders, a folder of parquet files, a Hugging Face hub name, or fashion-mini, which is built in."""
+    net: str
+    """Network: vgg-mini, vgg-quick, vgg6, vgg16, vgg16-imagenet or resnet20."""
+    stages: tuple[Stage, ...]
+    """The ladder, in order; the first stage is the CNN."""
+    size: int = 32
+    """Height and width of the network's input, in pixels; other images are resized."""
+    channels: int = 3
+    """3 for colour, 1 for grey; other images are converted."""
+    augment: Augment = "crop-flip"
+    """Random changes of training images: crop after padding by 4 pixels, crop of random size and shape (images are then streamed), flip."""
+    pixel_zero: tuple[float, ...] = (121.0,)
+    """Pixel value, 0 to 255, that becomes 0: one for all channels or one each."""
+    pixel_scale: tuple[float, ...] = (1 / 64,)
+    """What pixel values are multiplied by after that: one for all channels or one each."""
+    norm: Literal["none", "fold", "keep"] = "keep"
+    """Batch norm: none in the CNN; folded into the weights at conversion; or kept through the ladder, acting on all timesteps at once."""
+    pool: Literal["avg", "max"] = "avg"
+    """Pooling over 2×2 pixels."""
+    dropout: float = 0.0
+    """Dropout probability; a spiking network uses one mask for all timesteps."""
+    height: Literal["unit", "threshold"] = "threshold"
+    """What a spike is worth downstream: 1 (the paper's) or its layer's threshold."""
+    readout: Literal["sum", "mean"] = "mean"
+    """How the last layer's output is combined over timesteps: sum (the paper's) or mean."""
+    initial: float = 0.0
+    """Membrane before the first timestep, in thresholds."""
+    percentile: float = 90.0
+    """Thresholds start at this percentile, 0 to 100, of the layer's input current …"""
+    scale: float = 1.0
+    """… times this factor."""
+    calibration_steps: int | None = None
+    """Timesteps over which these currents are taken (the paper's: 500); None: those of the first spiking stage."""
+    calibration_images: int = 512
+    """Augmented training images on which these currents are taken."""
+    seed: int = 0
+    """Seed of all randomness: initial weights, order and augmentation of images, dropout."""
+
+    def __post_init__(self) -> None:
+        if not self.stages or self.stages[0].steps is not None or any(stage.steps is None for stage in self.stages[1:]):
+            raise ValueError("the first stage of a recipe, and no other, is the CNN (steps None)")
+        if len({stage.name for stage in self.stages}) < len(self.stages):
+            raise ValueError("two stages have the same number of steps; every rung of the ladder needs its own")
+        if self.size < 1 or self.channels not in (1, 3):
+            raise ValueError(f"size must be at least 1 pixel and channels 1 or 3, not {self.size} and {self.channels}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to 1, not {self.dropout}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers, ready for JSON."""
+        return _plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """The inverse of `Recipe.to_dict`. ValueError if a field is unknown, missing or of the wrong type."""
+    return _build(Recipe, values)  # type: ignore[no-any-return]
+
+
+def differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """One line per field in which two recipes differ: "stages.1.epochs: 2.0 → 3.0"."""
+    a, b = _flat(ours.to_dict()), _flat(theirs.to_dict())
+    return [f"{key}: {a.get(key, 'absent')} → {b.get(key, 'absent')}" for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
+def recipe(name: str, **changes: Any) -> Recipe:
+    """The shipped recipe `name`, with fields changed. ValueError, with the nearest names, if there is none."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(RECIPES)}"
+        raise ValueError(f"no recipe named {name!r}; {hint}")
+    return replace(RECIPES[name], **changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix: value}
+    return {k: v for key, item in items for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def _build(kind: Any, value: Any, where: str = "recipe") -> Any:
+    """`value`, as it came from JSON, in the form that the type `kind` asks for."""
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict) or (unknown := value.keys() - hints.keys()):
+            raise ValueError(f"{where}: unknown fields {sorted(unknown) if isinstance(value, dict) else value!r}")
+        try:
+            return kind(**{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()})  # type: ignore[operator]
+        except TypeError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_build(get_args(kind)[0], item, f"{where}.{i}") for i, item in enumerate(value))
+    allowed = get_args(kind) or (kind,)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if value in allowed or type(value) in allowed:
+        return value
+    raise ValueError(f"{where}: {value!r} is not {' or '.join(map(str, allowed))}")
+
+
+# -- the shipped recipes ---------------------------------------------------------------------------------------------
+
+
+def _ladder(cnn: Stage, last: Stage, *, between: float) -> tuple[Stage, ...]:
+    """CNN, T = 5, 4, 3, 2 for `between` epochs each, then `last` at T = 1, where an epoch is cheap."""
+    return (cnn, *(replace(last, steps=steps, epochs=between) for steps in (5, 4, 3, 2)), last)
+
+
+def _paper(name: str, data: str, net: str, *, norm: Literal["none", "fold"], **fields: Any) -> Recipe:
+    """Section by section what the authors' scripts do: 300 epochs for a CNN with batch norm, 500 without, then up to 500 for each T."""
+    cnn = Stage(None, 500 if norm == "none" else 300, 0.01, "sgd", 5e-4, batch=64, milestones=(0.45, 0.7, 0.9))
+    snn = Stage(1, 500, 1e-4, "adam-amsgrad", batch=64, milestones=(0.6, 0.8, 0.9))
+    stages = _ladder(cnn, snn, between=500)
+    unit: dict[str, Any] = {"height": "unit", "readout": "sum", "dropout": 0.2, "calibration_steps": 500}
+    return Recipe(**{"name": name, "data": data, "net": net, "stages": stages, "norm": norm, **unit, **fields})
+
+
+def _pixels(mean: tuple[float, ...], deviation: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
+    """Channel means and deviations, given for pixels from 0 to 1, as `pixel_zero` and `pixel_scale`."""
+    zero = tuple(round(255 * m, 3) for m in mean)
+    return {"pixel_zero": zero, "pixel_scale": tuple(round(1 / (255 * d), 8) for d in deviation)}
+
+
+_CIFAR10, _CIFAR100 = "uoft-cs/cifar10", "uoft-cs/cifar100"
+_CIFAR10_PIXELS = _pixels((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100_PIXELS = _pixels((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+_IMAGENET_PIXELS = _pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+_MINI = _ladder(Stage(None, 8, 4e-3, warmup=0.2), Stage(1, 8, 4e-3, warmup=0.1), between=2)
+_QUICK = _ladder(
+    Stage(None, 8, 0.1, "sgd", 5e-4, batch=128, warmup=0.2, label_smoothing=0.1),
+    Stage(1, 14, 1e-3, "adamw", 0.05, batch=128, warmup=0.1, label_smoothing=0.1),
+    between=0.5,
+)
+_FULL = _ladder(
+    Stage(None, 60, 0.1, "sgd", 5e-4, batch=128, warmup=0.2, label_smoothing=0.1),
+    Stage(1, 60, 1e-3, "adamw", 0.05, batch=128, warmup=0.1, label_smoothing=0.1),
+    between=10,
+)
+_FASHION: dict[str, Any] = {"channels": 1, "size": 28, "augment": "flip", "pixel_zero": (73.0,)}
+
+_SHIPPED = (
+    Recipe("fashion-mini", "fashion-mini", "vgg-mini", _MINI, **_FASHION),
+    Recipe("fashion-mnist", "zalando-datasets/fashion_mnist", "vgg-mini", _MINI, **_FASHION),
+    Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK),
+    Recipe("cifar10-vgg6", _CIFAR10, "vgg6", _FULL, dropout=0.2),
+    Recipe("cifar10-vgg16", _CIFAR10, "vgg16", _FULL, dropout=0.2),
+    Recipe("cifar10-resnet20", _CIFAR10, "resnet20", _FULL, dropout=0.1),
+    Recipe("cifar100-vgg16", _CIFAR100, "vgg16", _FULL, dropout=0.2),
+    Recipe("cifar100-resnet20", _CIFAR100, "resnet20", _FULL, dropout=0.1),
+    _paper("cifar10-vgg6-paper", _CIFAR10, "vgg6", norm="none", **_CIFAR10_PIXELS),
+    _paper("cifar10-vgg16-paper", _CIFAR10, "vgg16", norm="none", **_CIFAR10_PIXELS),
+    _paper("cifar10-resnet20-paper", _CIFAR10, "resnet20", norm="fold", **_CIFAR10_PIXELS),
+    _paper("cifar100-vgg16-paper", _CIFAR100, "vgg16", norm="none", **_CIFAR100_PIXELS),
+    _paper("cifar100-resnet20-paper", _CIFAR100, "resnet20", norm="fold", **_CIFAR100_PIXELS),
+    _paper(
+        "imagenet-vgg16-paper", "ILSVRC/imagenet-1k", "vgg16-imagenet", norm="none", **_IMAGENET_PIXELS,
+        size=224, augment="resized-crop-flip", calibration_images=64,
+        stages=_ladder(
+            Stage(None, 101, 0.01, "sgd", 5e-4, batch=128, milestones=(0.45, 0.7, 0.9), factor=10),
+            Stage(1, 25, 2e-5, "adam-amsgrad", batch=128, accumulate=8, milestones=(0.6, 0.8, 0.9)),
+            between=25,
+        ),
+    ),
+)  # fmt: skip
+
+RECIPES: dict[str, Recipe] = {shipped.name: shipped for shipped in _SHIPPED}
+RUN_TO_THE_END = frozenset({"fashion-mini", "cifar10-quick"})  # those with a record in benchmarks/records; the others: not run

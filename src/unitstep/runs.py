@@ -1,0 +1,263 @@
+"""The run folder: what one experiment leaves on disk, and how it is read back. Knows nothing of how training or measuring is done.
+
+A file is written whole or not at all: aside, flushed to the disk, renamed. Tensors are safetensors with a JSON text in their metadata; no pickle is
+read or written. What is damaged or does not belong here is named in an error, never loaded and never deleted.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from unitstep import nets
+from unitstep.conversion import Spiking, spiking
+from unitstep.recipes import Recipe, Stage, differences, recipe_from_dict
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished stage of a run: where its weights are and how it went."""
+
+    index: int
+    stage: Stage
+    path: Path
+    val_accuracy: float
+    """Percent of the validation images, with the weights that were kept."""
+    seconds: float
+    """Training and validation, without interruptions."""
+    classes: tuple[str, ...]
+
+
+class Run:
+    """A run folder, as it is on disk at this moment. ValueError if `path` is not a run folder or a file in it is damaged.
+
+    recipe: the `Recipe` it was made by.  stages: the finished ones, in order.  measurement: the content of measure.json, or None.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "recipe.json").is_file():
+            raise ValueError(f"{self.path} is not a run folder: it has no recipe.json (unitstep train RECIPE --out {self.path} makes one)")
+        self.about: dict[str, Any] = read_json(self.path / "recipe.json")
+        try:
+            self.recipe = recipe_from_dict(self.about["recipe"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path / 'recipe.json'} is not the recipe of a run: {error}") from error
+
+    @property
+    def stages(self) -> tuple[Finished, ...]:
+        return tuple(self.finished(index) for index in range(len(self.recipe.stages)) if self.stage_path(index).exists())
+
+    @property
+    def measurement(self) -> dict[str, Any] | None:
+        path = self.path / "measure.json"
+        return read_json(path) if path.exists() else None
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """One row per epoch: stage, epoch, loss, val_accuracy, lr, seconds, …"""
+        path = self.path / "log.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; move it away to go on without it") from error
+
+    def write_log(self, row: dict[str, Any]) -> None:
+        """Append a row; one that was logged before a crash and is reached again takes the place of the first."""
+        rows = [old for old in self.log if (old["stage"], old["epoch"]) != (row["stage"], row["epoch"])]
+        write_whole(self.path / "log.jsonl", "".join(json.dumps(each) + "\n" for each in [*rows, row]).encode())
+
+    def stage_path(self, index: int) -> Path:
+        return self.path / f"{index}-{self.recipe.stages[index].name}.safetensors"
+
+    @property
+    def state_path(self) -> Path:
+        return self.path / "state.safetensors"
+
+    def finished(self, index: int) -> Finished:
+        path = self.stage_path(index)
+        info = self._check(path, _read_info(path), index)
+        return Finished(index, self.recipe.stages[index], path, info["val_accuracy"], info["seconds"], tuple(info["classes"]))
+
+    def save(self, path: Path, tensors: dict[str, Tensor], index: int, **info: Any) -> None:
+        """Write tensors with the recipe, the stage's index and `info` in their metadata."""
+        text = json.dumps({"schema": SCHEMA, "recipe": self.recipe.to_dict(), "index": index, **info})
+        dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_whole(path, save(dense, metadata={"unitstep": text}))
+
+    def load(self, path: Path, index: int, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save` wrote. ValueError if the file is damaged or belongs to another run or stage."""
+        info = self._check(path, _read_info(path), index)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
+
+    def state_index(self) -> int | None:
+        """Index of the stage that was interrupted, or None."""
+        return int(_read_info(self.state_path).get("index", -1)) if self.state_path.exists() else None
+
+    def _check(self, path: Path, info: dict[str, Any], index: int) -> dict[str, Any]:
+        if info.get("recipe") != self.recipe.to_dict() or info.get("index") != index:
+            raise ValueError(f"{path} does not belong to this run and stage; it was not loaded: move it away to train that stage again")
+        return info
+
+    def cnn(self, classes: int) -> nn.Module:
+        """The recipe's CNN, with weights drawn from its seed."""
+        r = self.recipe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(r.seed)
+            return nets.build(
+                r.net, classes=classes, channels=r.channels, size=r.size, batch_norm=r.norm != "none", pool=r.pool,
+                dropout=r.dropout, zero_point=r.pixel_zero, scale=r.pixel_scale,
+            )  # fmt: skip
+
+    def spiking(self, cnn: nn.Module) -> Spiking:
+        """The structure of the recipe's spiking network; its thresholds are not set."""
+        r = self.recipe
+        return spiking(cnn, height=r.height, initial=r.initial, readout=r.readout, norm=r.norm)
+
+    def net(self, index: int) -> nn.Module:
+        """The trained network of stage `index`, in evaluation mode: the CNN for the first, else a `Spiking`."""
+        path = self.stage_path(index)
+        if not path.exists():
+            raise ValueError(f"stage {self.recipe.stages[index].name} of {self.path} is not trained yet: unitstep train goes on with it")
+        tensors, info = self.load(path, index)
+        net = self.cnn(len(info["classes"]))
+        if index:
+            net = self.spiking(net)
+        net.load_state_dict(tensors)
+        return net.eval()
+
+
+def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
+    """The run folder `out`, made if it is not there. ValueError if it was made by another recipe, or cannot be written to."""
+    path = Path(out)
+    if (path / "recipe.json").exists():
+        run = Run(path)
+        if changes := differences(run.recipe, recipe):
+            listed = "\n  ".join(changes)
+            raise ValueError(f"{path} was made by another recipe (there → here); choose another folder, or the same recipe:\n  {listed}")
+        return run
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if strangers := [entry.name for entry in path.iterdir() if entry.suffix in (".safetensors", ".json", ".jsonl")]:
+            raise ValueError(f"{path} has no recipe.json but holds {', '.join(strangers)}: choose an empty folder")
+        write_json(path / "recipe.json", {"schema": SCHEMA, "recipe": recipe.to_dict(), **about, **provenance()})
+    except OSError as error:
+        raise ValueError(f"cannot write to the run folder {path}: {error.strerror or error}") from error
+    return Run(path)
+
+
+def load(run: Run | str | Path, steps: int = 1) -> Spiking:
+    """The trained spiking network of the run's stage with that number of timesteps. ValueError if there is no such stage or it is not finished."""
+    run = run if isinstance(run, Run) else Run(run)
+    found = [index for index, stage in enumerate(run.recipe.stages) if stage.steps == steps]
+    if not found or steps is None:
+        there = ", ".join(str(stage.steps) for stage in run.recipe.stages[1:])
+        raise ValueError(f"{run.path} has no stage of {steps} timesteps; its ladder is {there}")
+    net = run.net(found[0])
+    assert isinstance(net, Spiking)
+    return net
+
+
+@contextlib.contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Hold the run folder against a second process. ValueError if one is at work in it. (No-op where the system has no flock.)"""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(run.path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"another process is at work in {run.path}: wait for it or stop it") from error
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. OSError, with the old file untouched, if that fails."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename too
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ValueError, with the file's name, if it is anything else."""
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it does not hold a JSON object")
+    return value
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = json.loads((file.metadata() or {})["unitstep"])
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is damaged or was not written by unitstep ({error}); it was not loaded: move it away to go on") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} was not written by unitstep; it was not loaded: move it away to go on")
+    return info
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and git commit: what a number needs to be repeated."""
+    return {"versions": {name: version(name) for name in ("unitstep", "torch")} | {"python": platform.python_version()},
+            "machine": machine(), "commit": _commit()}  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """Processor, number of usable cores, threads that torch uses, and graphics card if there is one."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.platform(), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that this code runs from, with "+" if it was changed; None if it is an installed copy."""
+    here = Path(__file__).parent
+    try:
+        ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
