@@ -27,7 +27,7 @@ def balanced_rows(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def stored_png(png: bytes) -> bytes:
-    """The same image as a PNG that is not compressed, because parquet compresses many images better than PNG does one."""
+    """The same image as an uncompressed PNG, because parquet compresses many images better than PNG does one."""
     out = io.BytesIO()
     with Image.open(io.BytesIO(png)) as image:
         image.save(out, "PNG", compress_level=0)

@@ -1,0 +1,34 @@
+"""unitstep: turn a CNN into a spiking network that needs a single timestep, and know what that costs and saves.
+
+Names are imported where they are first used, so `import unitstep` is quick and loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_WHERE = {
+    "neuron": ("LIF",),
+    "conversion": ("Spiking", "to_spiking"),
+    "recipes": ("Recipe", "Stage", "RECIPES", "recipe"),
+    "runs": ("Run", "load"),
+    "ladder": ("train",),
+    "measurement": ("Measurement", "measure", "measure_run"),
+}
+_MODULE = {name: module for module, names in _WHERE.items() for name in names}
+__all__ = [  # the public API
+    "LIF", "Spiking", "to_spiking", "Recipe", "Stage", "RECIPES", "recipe", "train", "Run", "load", "Measurement", "measure", "measure_run",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from unitstep.conversion import Spiking, to_spiking
+    from unitstep.ladder import train
+    from unitstep.measurement import Measurement, measure, measure_run
+    from unitstep.neuron import LIF
+    from unitstep.recipes import RECIPES, Recipe, Stage, recipe
+    from unitstep.runs import Run, load
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'unitstep' has no attribute {name!r}")
+    return getattr(import_module(f"unitstep.{_MODULE[name]}"), name)

@@ -621,16 +621,16 @@ def _unreadable(faults: Mapping[int, _Fault]) -> ValueError:
 
 def _decode(value: Any, channels: int) -> Image.Image:
     """The image in a Hugging Face image struct {bytes, path}, upright, in mode L (1 channel) or RGB (3)."""
-    image = Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
-    with image:
-        upright = ImageOps.exif_transpose(image)  # loads the pixels
-    if upright.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
-    if upright.mode.startswith("I"):  # 16 bits
-        upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
-    if upright.has_transparency_data:
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-    return upright.convert("L" if channels == 1 else "RGB")
+    with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as opened:
+        image: Image.Image = opened
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("L" if channels == 1 else "RGB")
 
 
 _Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels

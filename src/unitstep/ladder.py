@@ -27,7 +27,7 @@ from unitstep.recipes import Recipe, Stage
 from unitstep.runs import Run, locked, open_run
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
-COMPILE_FROM = 5e9  # neuron updates in a stage from which compiling the neurons pays for itself
+COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,248 @@
+"""The command line: one verb for each thing a user does. Everything it does, the Python API does without it; only this module prints.
+
+Exit codes: 0 done, 1 an error (told in one sentence), 2 wrong usage, 3 stopped at the time limit and 130 by SIGINT: the same command goes on.
+"""
+
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from unitstep.recipes import RECIPES, RUN_TO_THE_END, Recipe, recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from unitstep.ladder import Progress
+
+USAGE = """\
+usage: unitstep VERB …      (unitstep VERB --help tells more)
+
+  recipes                       list the experiments that come with unitstep
+  train RECIPE --out RUN        train a CNN and take it down the ladder to one timestep; the same command goes on with a stopped run
+  measure RUN                   evaluate every stage of a run once on the test images
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    verbs: dict[str, Callable[[list[str]], int]] = {"recipes": _recipes, "train": _train, "measure": _measure}
+    if verb in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return 0
+    if verb == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"unitstep {version('unitstep')}\n")
+        return 0
+    if verb not in verbs:
+        sys.stderr.write(f"unitstep: no verb {verb!r}\n\n{USAGE}")
+        return 2
+    try:
+        with _plain_warnings():
+            return verbs[verb](rest)
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.stderr.write(f"unitstep: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("unitstep: interrupted\n")
+        return 130
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """A warning is for the user: one line, without the place in our source."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(f"unitstep: warning: {message}")
+        yield
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _recipes(arguments: list[str]) -> int:
+    import tyro
+    from rich.table import Table
+
+    def recipes() -> None:
+        """List the recipes that come with unitstep."""
+
+    tyro.cli(recipes, prog="unitstep recipes", args=arguments)
+    ladder = "epochs of the CNN, then at each T"
+    table = Table("recipe", "images", "network", "batch norm", ladder, "run to the end", box=None, pad_edge=False)
+    for name, shipped in RECIPES.items():
+        epochs = ", ".join(f"{stage.name.removeprefix('t')}: {stage.epochs:g}" for stage in shipped.stages)
+        status = "yes" if name in RUN_TO_THE_END else "not run"
+        table.add_row(name, shipped.data, shipped.net, shipped.norm, epochs, status)
+    _console().print(table)
+    return 0
+
+
+def _train(arguments: list[str]) -> int:
+    import tyro
+
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"} & {*arguments}:
+            _say(f"usage: unitstep train RECIPE --out RUN …\nRECIPE is one of: {', '.join(RECIPES)}")
+            return 2
+        sys.stdout.write(f"RECIPE is one of: {', '.join(RECIPES)}.\nThe defaults below are those of fashion-mini.\n\n")
+        arguments = ["fashion-mini", "--help"]
+    name, *options = arguments
+    shipped = recipe(name)
+
+    def train(
+        out: Path,
+        recipe: Annotated[Recipe, tyro.conf.arg(name="")] = shipped,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        compile: Literal["auto", "on", "off"] = "auto",
+        time_limit: float | None = None,
+        max_loss: float | None = None,
+        bad_images: Literal["refuse", "skip"] = "refuse",
+        threads: int | None = None,
+    ) -> int:
+        """Train a CNN and take it down the ladder to one timestep. The same command goes on with a stopped run.
+
+        Args:
+            out: Folder of the run; made if it is not there.
+            recipe: The experiment.
+            device: Where to train; auto takes a GPU if there is one.
+            precision: bf16 is mixed precision; auto uses it where the hardware has matrix units for it.
+            compile: Fuse the neurons by torch.compile; auto does so where a compiler is there and the stage is long
+                enough to gain.
+            time_limit: Minutes after which training stops; the same command goes on.
+            max_loss: Percentage points of validation accuracy: the ladder ends at the first T that loses more than
+                that against the CNN.
+            bad_images: What to do with images that cannot be read.
+            threads: CPU threads to use; None: all cores.
+        """
+        import torch
+
+        from unitstep import ladder
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        again = shlex.join(["unitstep", "train", *arguments])
+        with _bars() as bars:
+            try:
+                run = ladder.train(
+                    recipe, out, device=device, precision=precision, compile=compile, time_limit=time_limit,
+                    max_loss=max_loss, bad_images=bad_images, progress=bars.training,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                bars.close()
+                _say(f"interrupted; to go on: {again}")
+                return 130
+        stages = run.stages
+        unfinished = len(run.recipe.stages) - len(stages)
+        lost = stages[0].val_accuracy - stages[-1].val_accuracy if stages else 0.0
+        if unfinished and max_loss is not None and lost > max_loss:
+            _say(f"the ladder ends at {stages[-1].stage.name}, which loses {lost:.2f} points against the CNN")
+        elif unfinished:
+            _say(f"stopped at the time limit; to go on: {again}")
+            return 3
+        _say(f"{run.path} is done; its accuracy on the test images: unitstep measure {run.path}")
+        return 0
+
+    return tyro.cli(train, prog=f"unitstep train {name}", args=options)
+
+
+def _measure(arguments: list[str]) -> int:
+    import tyro
+
+    def measure(
+        run: Annotated[Path, tyro.conf.Positional],
+        data: str | None = None,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        bad_images: Literal["refuse", "skip"] = "refuse",
+        threads: int | None = None,
+    ) -> int:
+        """Evaluate every finished stage of a run once on the test images; writes measure.json and prints the table.
+
+        Args:
+            run: Folder of the run.
+            data: Where the images are, if no longer where the run's recipe says.
+            device: Where to evaluate; auto takes a GPU if there is one.
+            bad_images: What to do with images that cannot be read.
+            threads: CPU threads to use; None: all cores.
+        """
+        import torch
+
+        from unitstep import measurement
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with _bars() as bars:
+            result = measurement.measure_run(
+                str(run), data=data, device=device, bad_images=bad_images, progress=bars.measuring
+            )
+        _console().print(_stage_table(result))
+        return 0
+
+    return tyro.cli(measure, prog="unitstep measure", args=arguments)
+
+
+def _stage_table(result: dict[str, Any]) -> "Table":
+    """The content of measure.json as a table: one row per stage."""
+    from rich.table import Column, Table
+
+    names = ("stage", "validation %", "test %", "95 % interval", "spikes per neuron", "training s")
+    table = Table(*(Column(name, justify="left" if name == "stage" else "right") for name in names), box=None)
+    for row in result["stages"]:
+        low, high = row["test_interval"]
+        spikes = "" if row["spikes_per_neuron"] is None else f"{row['spikes_per_neuron']:.3f}"
+        stage = "CNN" if row["steps"] is None else f"T={row['steps']}"
+        accuracies = f"{row['val_accuracy']:.2f}", f"{row['test_accuracy']:.2f}", f"{low:.2f} – {high:.2f}"
+        table.add_row(stage, *accuracies, spikes, f"{row['seconds']:.0f}")
+    return table
+
+
+class _bars:
+    """Progress bars on a terminal; elsewhere one line when a stage is done."""
+
+    def __init__(self) -> None:
+        from rich import progress
+
+        fields = (
+            progress.TextColumn("{task.description:>4}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[note]}"), progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),
+        )  # fmt: skip
+        self.progress = progress.Progress(*fields, console=_console(), disable=not sys.stdout.isatty())
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "_bars":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.progress.stop()
+
+    def _update(self, name: str, done: int, total: int, note: str) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(name, total=total, note=note)
+        self.progress.update(self.tasks[name], completed=done, note=note)
+
+    def training(self, now: "Progress") -> None:
+        best = "" if now.best is None else f"validation {now.best:.2f} %"
+        loss = "" if now.loss is None else f"loss {now.loss:.3f}"
+        self._update(now.stage.name, now.step, now.total, f"{loss:10} {best}")
+        if now.done and self.progress.disable:
+            sys.stdout.write(f"{now.stage.name}: validation {now.best:.2f} %, {now.seconds:.0f} s\n")
+
+    def measuring(self, name: str, done: int, total: int) -> None:
+        self._update(name, done, total, "")
