@@ -16,7 +16,8 @@ _WHERE = {
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [  # the public API
-    "LIF", "Spiking", "to_spiking", "Recipe", "Stage", "RECIPES", "recipe", "train", "Run", "load", "Measurement", "measure", "measure_run",
+    "LIF", "Spiking", "to_spiking", "Recipe", "Stage", "RECIPES", "recipe",
+    "train", "Run", "load", "Measurement", "measure", "measure_run",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

@@ -1,6 +1,8 @@
-"""The command line: one verb for each thing a user does. Everything it does, the Python API does without it; only this module prints.
+"""The command line: one verb for each thing a user does. Everything it does, the Python API does without it; only this
+module prints.
 
-Exit codes: 0 done, 1 an error (told in one sentence), 2 wrong usage, 3 stopped at the time limit and 130 by SIGINT: the same command goes on.
+Exit codes: 0 done, 1 an error (told in one sentence), 2 wrong usage, 3 stopped at the time limit and 130 by SIGINT:
+the same command goes on.
 """
 
 import shlex
@@ -23,7 +25,7 @@ USAGE = """\
 usage: unitstep VERB …      (unitstep VERB --help tells more)
 
   recipes                       list the experiments that come with unitstep
-  train RECIPE --out RUN        train a CNN and take it down the ladder to one timestep; the same command goes on with a stopped run
+  train RECIPE --out RUN        train a CNN and take it down the ladder to one timestep, or go on with a stopped run
   measure RUN                   evaluate every stage of a run once on the test images
 """
 
@@ -80,12 +82,11 @@ def _recipes(arguments: list[str]) -> int:
         """List the recipes that come with unitstep."""
 
     tyro.cli(recipes, prog="unitstep recipes", args=arguments)
-    ladder = "epochs of the CNN, then at each T"
-    table = Table("recipe", "images", "network", "batch norm", ladder, "run to the end", box=None, pad_edge=False)
+    table = Table("recipe", "network", "ladder", "epochs", "norm", "run", box=None, pad_edge=False)
     for name, shipped in RECIPES.items():
-        epochs = ", ".join(f"{stage.name.removeprefix('t')}: {stage.epochs:g}" for stage in shipped.stages)
-        status = "yes" if name in RUN_TO_THE_END else "not run"
-        table.add_row(name, shipped.data, shipped.net, shipped.norm, epochs, status)
+        ladder = "→".join(stage.name.removeprefix("t") for stage in shipped.stages)
+        epochs = " ".join(f"{stage.epochs:g}" for stage in shipped.stages)
+        table.add_row(name, shipped.net, ladder, epochs, shipped.norm, "yes" if name in RUN_TO_THE_END else "not run")
     _console().print(table)
     return 0
 

@@ -1,7 +1,9 @@
-"""From a CNN to a spiking network: trace it, put a neuron in the place of every ReLU call, find the thresholds. Knows nothing of training, data sets or files.
+"""From a CNN to a spiking network: trace it, put a neuron in the place of every ReLU call, find the thresholds. Knows
+nothing of training, data sets or files.
 
-Time is folded into the batch: once something has spiked, values are [T·B, …] with all B of step 1 first, and the user's convolutions, norms, pools and
-additions run on them untouched. What no spike has reached yet, the stem, is the same at every step and is computed once, as [B, …].
+Time is folded into the batch: once something has spiked, values are [T·B, …] with all B of step 1 first, and the
+user's convolutions, norms, pools and additions run on them untouched. What no spike has reached yet, the stem, is the
+same at every step and is computed once, as [B, …].
 """
 
 import copy
@@ -26,8 +28,9 @@ RELU_FUNCTIONS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_}
 DROPOUT_MODULES, DROPOUT_FUNCTIONS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d), {F.dropout, F.dropout1d, F.dropout2d}
 # Operations that act on each image (and so on each step) alone: they run on folded time as they are.
 KEPT_MODULES = (
-    nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear, *BATCH_NORMS, nn.Flatten, nn.Identity, Normalize,
-    nn.AvgPool1d, nn.AvgPool2d, nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+    nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear, *BATCH_NORMS,
+    nn.AvgPool1d, nn.AvgPool2d, nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity, Normalize,
 )  # fmt: skip
 KEPT_FUNCTIONS: set[Any] = {
     torch.flatten, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, operator.getitem, getattr,
@@ -39,8 +42,9 @@ MEETINGS: set[Any] = {operator.add, operator.iadd, torch.add, torch.cat}  # wher
 class Spiking(fx.GraphModule):  # type: ignore[misc,unused-ignore]
     """A network callable with any number of timesteps: `snn(images, steps=3)`.
 
-    images [B, C, H, W] → logits [B, classes], the readout's sum or mean over the steps. No state survives a call. Parameters and buffers keep the names
-    they had in the CNN; the neurons are `neurons.NAME`, NAME being the ReLU call's name in the traced graph. ValueError if steps < 1.
+    images [B, C, H, W] → logits [B, classes], the readout's sum or mean over the steps. No state survives a call.
+    Parameters and buffers keep the names they had in the CNN; the neurons are `neurons.NAME`, NAME being the ReLU
+    call's name in the traced graph. ValueError if steps < 1.
     """
 
     @property
@@ -57,7 +61,7 @@ class SharedDropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         mask = F.dropout(torch.ones_like(x[: len(x) // steps]), self.p)
-        return (x.unflatten(0, (steps, -1)) * mask).flatten(0, 1)
+        return x * _repeat(mask, steps)
 
 
 def to_spiking(
@@ -73,17 +77,28 @@ def to_spiking(
     readout: Readout = "mean",
     norm: Norm = "keep",
 ) -> Spiking:
-    """A spiking copy of `cnn`, which stays untouched, with thresholds found on `images` [B, C, H, W] at `steps` timesteps: see `spiking` and `calibrate_`."""
+    """A spiking copy of `cnn`, which stays untouched, with thresholds found on `images` [B, C, H, W] at `steps`
+    timesteps: see `spiking` and `calibrate_`."""
     snn = spiking(cnn, height=height, initial=initial, readout=readout, norm=norm)
     return calibrate_(snn, images, steps=calibration_steps or steps, percentile=percentile, scale=scale)
 
 
-def spiking(cnn: nn.Module, *, height: Height = "threshold", initial: float = 0.0, readout: Readout = "mean", norm: Norm = "keep") -> Spiking:
-    """The structure alone: a copy of `cnn` with a `LIF` of threshold 1 and leak 1 for every ReLU call, shared dropout masks and a readout over time.
+def spiking(
+    cnn: nn.Module,
+    *,
+    height: Height = "threshold",
+    initial: float = 0.0,
+    readout: Readout = "mean",
+    norm: Norm = "keep",
+) -> Spiking:
+    """The structure alone: a copy of `cnn` with a `LIF` of threshold 1 and leak 1 for every ReLU call, shared dropout
+    masks and a readout over time.
 
-    height: a spike is worth 1 ("unit", the paper's) or its layer's threshold.  readout: "sum" (the paper's) or "mean" over the steps of the last layer's output.
-    norm: batch norm is kept, acting on all T·B rows ("keep"), is folded into the convolution or linear layer before it ("fold"), or must not be there ("none").
-    Raises ValueError, naming the operation and the way out, for whatever does not convert.
+    height: a spike is worth 1 ("unit", the paper's) or its layer's threshold.  readout: "sum" (the paper's) or "mean"
+    over the steps of the last layer's output.
+    norm: batch norm is kept, acting on all T·B rows ("keep"), is folded into the convolution or linear layer before it
+    ("fold"), or must not be there ("none"). Raises ValueError, naming the operation and the way out, for whatever does
+    not convert.
     """
     if norm not in ("none", "fold", "keep"):
         raise ValueError(f'norm must be "none", "fold" or "keep", not {norm!r}')
@@ -93,7 +108,9 @@ def spiking(cnn: nn.Module, *, height: Height = "threshold", initial: float = 0.
     try:
         graph = _Tracer().trace(net)
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{type(cnn).__name__} cannot be traced, because what it does depends on the data: {error}") from error
+        raise ValueError(
+            f"{type(cnn).__name__} cannot be traced, because what it does depends on the data: {error}"
+        ) from error
     if norm != "keep":
         _remove_norms(net, graph, fold=norm == "fold")
     _insert_neurons(net, graph, height, initial, readout)
@@ -118,12 +135,22 @@ def _remove_norms(net: nn.Module, graph: fx.Graph, *, fold: bool) -> None:
         if not isinstance(norm, BATCH_NORMS):
             continue
         if not fold:
-            raise ValueError(f'{node.target} is a batch norm, but norm="none": use norm="fold" or "keep", or a CNN without batch norm')
+            raise ValueError(
+                f'{node.target} is a batch norm, but norm="none": use norm="fold" or "keep", or a CNN without batch '
+                "norm"
+            )
         before = node.args[0]
         layer = _module(net, before)
         if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear) or len(before.users) > 1:
-            raise ValueError(f'batch norm {node.target} does not directly follow a convolution or linear layer of its own: use norm="keep"')
-        fused = fuse_conv_bn_eval(layer.eval(), norm.eval()) if not isinstance(layer, nn.Linear) else _fuse_linear(layer, norm)
+            raise ValueError(
+                f"batch norm {node.target} does not directly follow a convolution or linear layer of its own: use "
+                'norm="keep"'
+            )
+        fused = (
+            fuse_conv_bn_eval(layer.eval(), norm.eval())
+            if not isinstance(layer, nn.Linear)
+            else _fuse_linear(layer, norm)
+        )
         net.set_submodule(str(before.target), fused)
         node.replace_all_uses_with(before)
         graph.erase_node(node)
@@ -166,13 +193,18 @@ def _insert_neurons(net: nn.Module, graph: fx.Graph, height: Height, initial: fl
     """Rewrite `graph` in place: it takes (images, steps); `spiked` are the nodes whose values have a time axis."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
-        raise ValueError(f"the network takes {len(inputs)} inputs ({', '.join(map(str, inputs))}); only networks of one image input convert")
+        raise ValueError(
+            f"the network takes {len(inputs)} inputs ({', '.join(map(str, inputs))}); only networks of one image "
+            "input convert"
+        )
     with graph.inserting_after(inputs[0]):
         steps = graph.placeholder("steps", default_value=1)
     with graph.inserting_after(steps):
         steps = graph.call_function(check_steps, (steps,))
     if hasattr(net, "neurons"):
-        raise ValueError("the network has an attribute named neurons, the name under which the spiking neurons are stored: rename it")
+        raise ValueError(
+            "the network has an attribute named neurons, the name under which the spiking neurons are stored: rename it"
+        )
     net.neurons = nn.Module()
     spiked: set[fx.Node] = set()
 
@@ -183,13 +215,16 @@ def _insert_neurons(net: nn.Module, graph: fx.Graph, height: Height, initial: fl
         sources = [source for source in node.all_input_nodes if source in spiked]
         if node.op == "output":
             if not isinstance(node.args[0], fx.Node) or node.args[0] not in spiked:
-                raise ValueError("no ReLU lies between the network's input and its output, so nothing would spike; a network must return one tensor of logits")
+                raise ValueError(
+                    "no ReLU lies between the network's input and its output, so nothing would spike; a network must "
+                    "return one tensor of logits"
+                )
             with graph.inserting_before(node):
                 node.args = (graph.call_function(_read_out, (node.args[0], steps, readout)),)
         elif _is_relu(node, module):
             net.neurons.add_module(node.name, LIF(height=height, initial=initial))
             with graph.inserting_before(node):
-                kwargs = {} if sources else {"static": True}
+                kwargs: dict[str, fx.node.Argument] = {} if sources else {"static": True}
                 neuron = graph.call_module(f"neurons.{node.name}", (node.all_input_nodes[0], steps), kwargs)
             node.replace_all_uses_with(neuron)
             graph.erase_node(node)
@@ -197,20 +232,32 @@ def _insert_neurons(net: nn.Module, graph: fx.Graph, height: Height, initial: fl
         elif (p := _dropout_p(node, module)) is not None:
             net.neurons.add_module(node.name, SharedDropout(p))
             with graph.inserting_before(node):
-                dropout = graph.call_module(f"neurons.{node.name}", (node.all_input_nodes[0], *([steps] if sources else [])))
+                dropout = graph.call_module(
+                    f"neurons.{node.name}", (node.all_input_nodes[0], *([steps] if sources else []))
+                )
             node.replace_all_uses_with(dropout)
             graph.erase_node(node)
             if sources:
                 spiked.add(dropout)
         elif not _is_kept(node, module):
-            what = f"{type(module).__name__} {node.target}" if module else f"{getattr(node.target, '__name__', node.target)} (node {node.name})"
-            raise ValueError(f"{what} has no spiking form here: replace it by ReLU, pooling, batch norm, addition or concatenation, or leave it out")
+            what = (
+                f"{type(module).__name__} {node.target}"
+                if module
+                else f"{getattr(node.target, '__name__', node.target)} (node {node.name})"
+            )
+            raise ValueError(
+                f"{what} has no spiking form here: replace it by ReLU, pooling, batch norm, addition or "
+                "concatenation, or leave it out"
+            )
         elif sources:
             spiked.add(node)
             for source in node.all_input_nodes:
                 if source not in spiked:
                     if node.target not in MEETINGS:
-                        raise ValueError(f"{node.name} mixes spikes with {source.name}, which has no time axis: only additions and concatenations may do that")
+                        raise ValueError(
+                            f"{node.name} mixes spikes with {source.name}, which has no time axis: only additions "
+                            "and concatenations may do that"
+                        )
                     with graph.inserting_before(node):
                         node.replace_input_with(source, graph.call_function(_repeat, (source, steps)))
     graph.lint()
@@ -222,18 +269,23 @@ def _repeat(x: Tensor, steps: int) -> Tensor:
 
 
 def _read_out(x: Tensor, steps: int, readout: str) -> Tensor:
-    """[T·B, classes] → [B, classes]: what a neuron without leak and without threshold has integrated, or its mean per step."""
-    over_time = x.unflatten(0, (steps, len(x) // steps))
+    """[T·B, classes] → [B, classes]: what a neuron without leak and without threshold has integrated, or its mean per
+    step."""
+    over_time: Tensor = x.unflatten(0, (steps, len(x) // steps))
     return over_time.sum(0) if readout == "sum" else over_time.mean(0)
 
 
 @torch.no_grad()
-def calibrate_(snn: Spiking, images: Tensor, *, steps: int, percentile: float = 90.0, scale: float = 1.0, window: int = 10) -> Spiking:
-    """Set every threshold of `snn` from the currents that `images` [B, C, H, W] cause, in place, layer by layer: earlier layers already spike.
+def calibrate_(
+    snn: Spiking, images: Tensor, *, steps: int, percentile: float = 90.0, scale: float = 1.0, window: int = 10
+) -> Spiking:
+    """Set every threshold of `snn` from the currents that `images` [B, C, H, W] cause, in place, layer by layer:
+    earlier layers already spike.
 
-    V = scale · max over the steps of the `percentile`-th percentile (nearest rank, over all neurons and images) of the layer's current; a result ≤ 0
-    becomes 0.1. Leaks must still be 1. Batch norms that were kept take their statistics from the same images. The paper uses percentile 90 and 500 steps (its
-    predecessor 99.7 and scale 0.2–0.6). Steps run `window` at a time, so memory does not grow with their number; beyond one window the time grows with the square
+    V = scale · max over the steps of the `percentile`-th percentile (nearest rank, over all neurons and images) of the
+    layer's current; a result ≤ 0 becomes 0.1. Leaks must still be 1. Batch norms that were kept take their statistics
+    from the same images. The paper uses percentile 90 and 500 steps (its predecessor 99.7 and scale 0.2–0.6). Steps
+    run `window` at a time, so memory does not grow with their number; beyond one window the time grows with the square
     of the number of layers. Warns with the name of a layer that emits no spike. Source: arXiv 2110.05929, 2008.03658.
     """
     check_steps(steps)
@@ -265,7 +317,10 @@ def calibrate_(snn: Spiking, images: Tensor, *, steps: int, percentile: float = 
         for name, module in snn.named_modules():
             module.training = training[name]
     for name in snn.lifs.keys() - sweep.alive:
-        warnings.warn(f"layer {name} emits no spike on the calibration images: a lower percentile or scale lowers its threshold", stacklevel=2)
+        warnings.warn(
+            f"layer {name} emits no spike on the calibration images: a lower percentile or scale lowers its threshold",
+            stacklevel=2,
+        )
     return snn
 
 
@@ -275,9 +330,11 @@ def _percentile(x: Tensor, percentile: float) -> float:
 
 
 class _Sweep(fx.Interpreter):  # type: ignore[misc,unused-ignore]
-    """Runs a spiking network operation by operation, in windows of timesteps between which the membranes are carried over.
+    """Runs a spiking network operation by operation, in windows of timesteps between which the membranes are carried
+    over.
 
-    A single window is run once, stopping at each layer on the way. Several cannot all be kept in memory: each layer starts anew from the images.
+    A single window is run once, stopping at each layer on the way. Several cannot all be kept in memory: each layer
+    starts anew from the images.
     """
 
     def __init__(self, snn: Spiking, images: Tensor, windows: list[int]) -> None:
@@ -289,7 +346,8 @@ class _Sweep(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         self.alive: set[str] = set()
 
     def currents(self, name: str | None) -> Iterator[Tensor]:
-        """Per window the current of neuron layer `name`, [steps, B, …] or, if static, [1, B, …]; None runs to the end."""
+        """Per window the current of neuron layer `name`, [steps, B, …] or, if static, [1, B, …]; None runs to the
+        end."""
         if len(self.windows) > 1:
             self.left = {}
         for length in self.windows:

@@ -192,7 +192,7 @@ class InMemory(Split):
             raise ValueError(f"labels must be {len(images)} integers, not {labels.dtype} {list(labels.shape)}")
         self.images, self.labels, self.classes = images, labels.long(), tuple(classes)
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
-        self.fill = round(images.sum(dtype=torch.int64).item() / images.numel()) if fill is None else fill
+        self.fill = round(images.cpu().numpy().mean(dtype=np.float64)) if fill is None else fill
         self.skipped = tuple(skipped)
         _check_classes(self.classes, "these images")
         _check_labels(self.labels, self.classes, "these images")
@@ -354,9 +354,9 @@ def _open(
     test = next((name for name in _TEST_NAMES if name in labels and bool((labels[name] >= 0).any())), None)
     if len(labels.get("train", ())) == 0 or test is None:
         found = ", ".join(f"{n} ({len(x)} images, {int((x >= 0).sum())} labelled)" for n, x in labels.items())
-        missing = "a split named train" if test else f"a labelled test split (one of {', '.join(_TEST_NAMES)})"
+        missing = "split named train" if test else f"labelled test split (one of {', '.join(_TEST_NAMES)})"
         raise ValueError(
-            f"{source!r} has no usable {missing}; found: {found}. "
+            f"{source!r} has no {missing}; found: {found}. "
             "Name the shards train-….parquet and test-….parquet, or the folders train/CLASS and test/CLASS"
         )
     names = getattr(features[label], "names", None) or [str(k) for k in range(int(labels["train"].max()) + 1)]

@@ -1,7 +1,8 @@
-"""The training: how one stage is fitted, and how each stage starts from the one above, from the CNN down to one timestep. Knows nothing of screens.
+"""The training: how one stage is fitted, and how each stage starts from the one above, from the CNN down to one
+timestep. Knows nothing of screens.
 
-All randomness of an optimiser step is a function of (seed, stage, step): images, augmentation and dropout. So a run that was stopped anywhere, and goes on,
-is the run that was never stopped.
+All randomness of an optimiser step is a function of (seed, stage, step): images, augmentation and dropout. So a run
+that was stopped anywhere, and goes on, is the run that was never stopped.
 """
 
 import contextlib
@@ -80,13 +81,17 @@ def train(
     bad_images: Literal["refuse", "skip"] = "refuse",
     progress: Callable[[Progress], None] | None = None,
 ) -> Run:
-    """Train all stages of `recipe` in the run folder `out`, or go on with what is there; returns the run as far as it got.
+    """Train all stages of `recipe` in the run folder `out`, or go on with what is there; returns the run as far as it
+    got.
 
-    data: images to use in place of the recipe's.  device: auto, cpu, cuda.  precision: auto, fp32, bf16 (mixed: weights, membranes, evaluation stay fp32).
-    compile: fuse the neurons by torch.compile; auto does where a compiler is there and the stage is long enough to gain.
-    time_limit: minutes after which it stops, with a saved state.  max_loss: percentage points of validation accuracy; the ladder ends at the first T that loses
-    more than that against the CNN.  bad_images: refuse or skip unreadable ones.
-    Raises ValueError for a user's mistake, FloatingPointError if the loss is not finite, KeyboardInterrupt after SIGINT once the state is saved.
+    data: images to use in place of the recipe's.  device: auto, cpu, cuda.  precision: auto, fp32, bf16 (mixed:
+    weights, membranes, evaluation stay fp32).
+    compile: fuse the neurons by torch.compile; auto does where a compiler is there and the stage is long enough to
+    gain.
+    time_limit: minutes after which it stops, with a saved state.  max_loss: percentage points of validation accuracy;
+    the ladder ends at the first T that loses more than that against the CNN.  bad_images: refuse or skip unreadable
+    ones. Raises ValueError for a user's mistake, FloatingPointError if the loss is not finite, KeyboardInterrupt after
+    SIGINT once the state is saved.
     """
     started = time.monotonic()
     where = choose_device(device)
@@ -96,7 +101,9 @@ def train(
     run = open_run(out, recipe, precision="bf16" if amp else "fp32", device=where.type)
     limit = math.inf if time_limit is None else started + 60 * time_limit
     with locked(run), _sigint() as interrupted:
-        train_split, val_split = load_train(recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images)
+        train_split, val_split = load_train(
+            recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
+        )
         if recipe.augment != "resized-crop-flip":
             train_split, val_split = train_split.to(where), val_split.to(where)
         reference: float | None = None
@@ -118,7 +125,16 @@ def train(
 class _Fit:
     """One stage in training: network, optimiser, position, best weights so far."""
 
-    def __init__(self, run: Run, index: int, train: Split, val: Split, device: torch.device, amp: bool, progress: Callable[[Progress], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        index: int,
+        train: Split,
+        val: Split,
+        device: torch.device,
+        amp: bool,
+        progress: Callable[[Progress], None],
+    ) -> None:
         self.run, self.index, self.stage, self.progress = run, index, run.recipe.stages[index], progress
         self.train, self.val, self.device, self.amp = train, val, device, amp
         self.per_epoch = train.steps(self.stage.batch)
@@ -134,7 +150,8 @@ class _Fit:
             self._restore(*state)
 
     def _start(self, *, fresh: bool) -> nn.Module:
-        """The network as the stage begins: weights from the seed, or those of the stage above; thresholds are calibrated once, for the first spiking stage."""
+        """The network as the stage begins: weights from the seed, or those of the stage above; thresholds are
+        calibrated once, for the first spiking stage."""
         if self.index == 0:
             return self.run.cnn(len(self.train.classes))
         above = self.run.net(self.index - 1)
@@ -146,11 +163,18 @@ class _Fit:
             size = min(recipe.calibration_images, len(self.train))
             images, _ = next(self.train.batches(size, seed=mix(recipe.seed, self.index, -1), augment=recipe.augment))
             steps = recipe.calibration_steps or self.stage.steps or 1
-            calibrate_(snn.to(self.device), images.to(self.device), steps=steps, percentile=recipe.percentile, scale=recipe.scale)
+            calibrate_(
+                snn.to(self.device),
+                images.to(self.device),
+                steps=steps,
+                percentile=recipe.percentile,
+                scale=recipe.scale,
+            )
         return snn
 
     def climb(self, stop: Callable[[], bool]) -> bool:
-        """Train until the stage is finished and its file is written, or until `stop()`: then the state is saved and False returned."""
+        """Train until the stage is finished and its file is written, or until `stop()`: then the state is saved and
+        False returned."""
         recipe = self.run.recipe
         checkpoint = time.monotonic()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -194,7 +218,7 @@ class _Fit:
             target = target.to(self.device)
             loss = F.cross_entropy(logits.float(), target, label_smoothing=self.stage.label_smoothing)
             loss = loss * (len(part) / len(images))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         self.losses.append(total)
         if self.device.type == "cpu":
@@ -204,13 +228,16 @@ class _Fit:
         self.step += 1
 
     def _check_losses(self) -> float:
-        """The mean loss of the epoch so far. FloatingPointError, naming the first step, if one is not finite; the state on disk is from before it."""
+        """The mean loss of the epoch so far. FloatingPointError, naming the first step, if one is not finite; the
+        state on disk is from before it."""
         losses = torch.stack(self.losses).cpu()
         if not losses.isfinite().all():
             first = self.step - len(losses) + int((~losses.isfinite()).nonzero()[0]) + 1
             raise FloatingPointError(
-                f"the loss is {losses[~losses.isfinite()][0].item()} in stage {self.stage.name} at step {first} of {self.total}; the files in {self.run.path} "
-                f"are from before it. A lower learning rate helps most often (--stages.{self.index}.lr, now {self.stage.lr})"
+                f"the loss is {losses[~losses.isfinite()][0].item()} in stage {self.stage.name} at step {first} of "
+                f"{self.total}; the files in {self.run.path} "
+                f"are from before it. A lower learning rate helps most often (--stages.{self.index}.lr, now "
+                f"{self.stage.lr})"
             )
         return losses.mean().item()
 
@@ -222,7 +249,14 @@ class _Fit:
         if val >= self.best_accuracy:
             self.best_accuracy = val
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.net.state_dict().items()}
-        row = {"stage": self.index, "name": self.stage.name, "epoch": epoch, "step": self.step, "loss": round(loss, 5), "val_accuracy": val}
+        row = {
+            "stage": self.index,
+            "name": self.stage.name,
+            "epoch": epoch,
+            "step": self.step,
+            "loss": round(loss, 5),
+            "val_accuracy": val,
+        }
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 1)}
         if isinstance(self.net, Spiking):
             row["thresholds"] = [round(lif.threshold.item(), 5) for lif in self.net.lifs.values()]
@@ -242,7 +276,12 @@ class _Fit:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for number, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{key}": value for key, value in values.items() if value is not None}
-        info = {"step": self.step, "seconds": self.seconds, "best_accuracy": self.best_accuracy, "losses": [loss.item() for loss in self.losses]}
+        info = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best_accuracy": self.best_accuracy,
+            "losses": [loss.item() for loss in self.losses],
+        }
         self.run.save(self.run.state_path, tensors, self.index, **info)
 
     def _saved_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -279,7 +318,8 @@ def forward(net: nn.Module, images: Tensor, steps: int | None) -> Tensor:
 
 @torch.no_grad()
 def accuracy(net: nn.Module, split: Split, steps: int | None, device: torch.device) -> float:
-    """Percent of the images of `split` whose class has the largest logit, in fp32; steps=None calls the net as a CNN."""
+    """Percent of the images of `split` whose class has the largest logit, in fp32; steps=None calls the net as a
+    CNN."""
     net.eval()
     right = torch.zeros((), dtype=torch.int64, device=device)
     for images, labels in split.batches(max(1, 512 // (steps or 1))):
@@ -288,7 +328,8 @@ def accuracy(net: nn.Module, split: Split, steps: int | None, device: torch.devi
 
 
 def learning_rate(stage: Stage, step: int, total: int) -> float:
-    """The rate of optimiser step `step` (from 0) of `total`: a linear rise over `warmup`, then a division at each milestone, or a linear fall to 0."""
+    """The rate of optimiser step `step` (from 0) of `total`: a linear rise over `warmup`, then a division at each
+    milestone, or a linear fall to 0."""
     done = step / total
     if done < stage.warmup:
         return stage.lr * (step + 1) / math.ceil(stage.warmup * total)
@@ -298,7 +339,8 @@ def learning_rate(stage: Stage, step: int, total: int) -> float:
 
 
 def _optimizer(net: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """Weight decay acts on matrices and kernels alone: thresholds, leaks, biases and batch norms are scales, not weights."""
+    """Weight decay acts on matrices and kernels alone: thresholds, leaks, biases and batch norms are scales, not
+    weights."""
     parameters = list(net.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": stage.weight_decay},
@@ -321,7 +363,9 @@ def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch
     if not compiler_available(device):
         return False
     sizes: list[int] = []
-    hooks = [lif.register_forward_hook(lambda _m, _i, spikes: sizes.append(spikes.numel())) for lif in net.lifs.values()]
+    hooks = [
+        lif.register_forward_hook(lambda _m, _i, spikes: sizes.append(spikes.numel())) for lif in net.lifs.values()
+    ]
     try:
         with torch.no_grad():
             net.eval()(torch.zeros(1, *train.shape, dtype=torch.uint8, device=device), 1)
@@ -336,7 +380,10 @@ def choose_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available here (torch.cuda.is_available() is false): use --device cpu, or install a CUDA build of torch")
+        raise ValueError(
+            "no CUDA device is available here (torch.cuda.is_available() is false): use --device cpu, or install a "
+            "CUDA build of torch"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -353,7 +400,8 @@ def _precision(name: str, device: torch.device) -> bool:
     works = _bf16_works()
     if name == "bf16" and not works:
         raise ValueError(
-            "bf16 matrix products crash on this processor, as they do where a virtual machine announces AMX but does not pass it on: "
+            "bf16 matrix products crash on this processor, as they do where a virtual machine announces AMX but does "
+            "not pass it on: "
             "use --precision fp32, or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
         )
     return works

@@ -1,9 +1,11 @@
-"""What a trained network does on images it was not trained on: accuracy, spikes, dead and saturated neurons. Knows nothing of training."""
+"""What a trained network does on images it was not trained on: accuracy, spikes, dead and saturated neurons. Knows
+nothing of training."""
 
 import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -56,9 +58,11 @@ def measure(
     device: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Measurement:
-    """Evaluate `net` once on `data`, a `Split` or batches of (images [B, C, H, W], labels [B]), at `steps` timesteps (None: it is a CNN), in fp32.
+    """Evaluate `net` once on `data`, a `Split` or batches of (images [B, C, H, W], labels [B]), at `steps` timesteps
+    (None: it is a CNN), in fp32.
 
-    `net` is put in evaluation mode, on `device`. progress: called with the number of images done so far. ValueError if there are no images.
+    `net` is put in evaluation mode, on `device`. progress: called with the number of images done so far. ValueError if
+    there are no images.
     """
     where = choose_device(device)
     net = net.eval().to(where)
@@ -88,7 +92,10 @@ def measure(
             hook.remove()
     if not images_seen:
         raise ValueError("there are no images to measure on")
-    layers = tuple(_layer(name, lif.threshold.item(), lif.leak.item(), counts[name], images_seen, steps or 1) for name, lif in lifs.items())
+    layers = tuple(
+        _layer(name, lif.threshold.item(), lif.leak.item(), counts[name], images_seen, steps or 1)
+        for name, lif in lifs.items()
+    )
     neurons = sum(layer.neurons for layer in layers)
     spikes = sum(int(fired.sum()) for fired in counts.values())
     return Measurement(
@@ -100,7 +107,9 @@ def measure(
 def _layer(name: str, threshold: float, leak: float, fired: Tensor, images: int, steps: int) -> LayerMeasurement:
     neurons = len(fired)
     dead, saturated = int((fired == 0).sum()), int((fired == images * steps).sum())
-    return LayerMeasurement(name, neurons, threshold, leak, int(fired.sum()) / images / neurons, dead / neurons, saturated / neurons)
+    return LayerMeasurement(
+        name, neurons, threshold, leak, int(fired.sum()) / images / neurons, dead / neurons, saturated / neurons
+    )
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -117,12 +126,12 @@ def measure_run(
     data: str | None = None,
     device: str = "auto",
     bad_images: Literal["refuse", "skip"] = "refuse",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate every finished stage of `run` once on the test split and write measure.json, whose content is returned.
 
-    data: where the images are now, if no longer where the recipe says.  progress: called with (stage name, images done, images in all).
-    ValueError if no stage is finished or the data set has other classes than the run.
+    data: where the images are now, if no longer where the recipe says.  progress: called with (stage name, images
+    done, images in all). ValueError if no stage is finished or the data set has other classes than the run.
     """
     run = run if isinstance(run, Run) else Run(run)
     r = run.recipe
@@ -131,19 +140,27 @@ def measure_run(
         raise ValueError(f"{run.path} has no finished stage to measure: unitstep train goes on with it")
     test = load_test(data or r.data, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
     if test.classes != finished[0].classes:
-        raise ValueError(f"the test images have the classes {test.classes}, but the run was trained on {finished[0].classes}")
+        raise ValueError(
+            f"the test images have the classes {test.classes}, but the run was trained on {finished[0].classes}"
+        )
     rows = []
     for stage in finished:
-        tell = (lambda done, name=stage.stage.name: progress(name, done, len(test))) if progress else None
+        tell = partial(progress, stage.stage.name, total=len(test)) if progress else None
         found = asdict(measure(run.net(stage.index), test, steps=stage.stage.steps, device=device, progress=tell))
         rows.append(
-            {"index": stage.index, "name": stage.stage.name, "steps": stage.stage.steps, "val_accuracy": stage.val_accuracy,
-             "test_accuracy": found["accuracy"], "test_interval": found["interval"], "test_images": found["images"],
-             "spikes_per_neuron": found["spikes_per_neuron"], "seconds": stage.seconds, "test_seconds": found["seconds"],
-             "layers": found["layers"]}
-        )  # fmt: skip
-    kept = {key: run.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")}
-    result = {"schema": SCHEMA, "recipe": r.to_dict(), "data": {"source": r.data, "test_images": len(test), "classes": list(test.classes)},
-              **provenance(), "trained_with": kept, "stages": rows}  # fmt: skip
+            {"index": stage.index, "name": stage.stage.name, "steps": stage.stage.steps}
+            | {"val_accuracy": stage.val_accuracy, "seconds": stage.seconds}
+            | {"test_accuracy": found["accuracy"], "test_interval": found["interval"]}
+            | {"test_images": found["images"], "test_seconds": found["seconds"]}
+            | {"spikes_per_neuron": found["spikes_per_neuron"], "layers": found["layers"]}
+        )
+    result = {
+        "schema": SCHEMA,
+        "recipe": r.to_dict(),
+        "data": {"source": data or r.data, "test_images": len(test), "classes": list(test.classes)},
+        **provenance(),
+        "trained": {key: run.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")},
+        "stages": rows,
+    }
     write_json(run.path / "measure.json", result)
     return result

@@ -1,9 +1,12 @@
-"""Ordinary convolutional networks with `nn.ReLU`: what the recipes train first. Nothing here spikes or knows of timesteps.
+"""Ordinary convolutional networks with `nn.ReLU`: what the recipes train first. Nothing here spikes or knows of
+timesteps.
 
-The networks are those of the paper (VGG6, VGG16, ResNet20) and a small VGG for CPUs. Convolutions and linear layers have no bias: a batch norm
-has its own, and without one the thresholds take over its part. Every network takes raw uint8 images; its first module is `Normalize`.
+The networks are those of the paper (VGG6, VGG16, ResNet20) and a small VGG for CPUs. Convolutions and linear layers
+have no bias: a batch norm has its own, and without one the thresholds take over its part. Every network takes raw
+uint8 images; its first module is `Normalize`.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,12 +20,16 @@ PLANS: dict[str, tuple[Plan, tuple[int, ...]]] = {  # convolutions, widths of th
     "vgg-quick": ((48, "P", 96, 96, "P", 192, 192, "P", 384, 384, "P"), ()),
     "vgg6": ((64, "P", 128, 128, "P"), (4096, 4096)),
     "vgg16": ((64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512), (4096, 4096)),
-    "vgg16-imagenet": ((64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512, "P"), (4096, 4096)),
+    "vgg16-imagenet": (
+        (64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512, "P"),
+        (4096, 4096),
+    ),
 }
 
 
 class Normalize(nn.Module):
-    """Pixels [B, C, H, W], uint8 or float in 0…255, → (pixel − zero_point)·scale in the dtype of `scale`, per channel or with one value for all."""
+    """Pixels [B, C, H, W], uint8 or float in 0…255, → (pixel − zero_point)·scale in the dtype of `scale`, per channel
+    or with one value for all."""
 
     def __init__(self, zero_point: Sequence[float], scale: Sequence[float]) -> None:
         super().__init__()
@@ -46,17 +53,21 @@ def build(
     zero_point: Sequence[float] = (128,),
     scale: Sequence[float] = (1 / 64,),
 ) -> nn.Module:
-    """The network `name` (a key of `PLANS`, or "resnet20") for images [B, channels, size, size] → logits [B, classes]. ValueError if it is unknown."""
+    """The network `name` (a key of `PLANS`, or "resnet20") for images [B, channels, size, size] → logits [B, classes].
+    ValueError if it is unknown."""
     if name not in PLANS and name != "resnet20":
         raise ValueError(f"no network named {name!r}; there are: {', '.join([*PLANS, 'resnet20'])}")
     if len(zero_point) not in (1, channels) or len(scale) not in (1, channels):
-        raise ValueError(f"zero_point and scale need 1 value or one for each of {channels} channels, not {len(zero_point)} and {len(scale)}")
-    body = (
-        _ResNet20(classes, channels, size, batch_norm, pool, dropout)
+        raise ValueError(
+            f"zero_point and scale need 1 value or one for each of {channels} channels, not {len(zero_point)} and "
+            f"{len(scale)}"
+        )
+    normalize = Normalize(zero_point, scale)
+    net = (
+        _ResNet20(normalize, classes, channels, size, batch_norm, pool, dropout)
         if name == "resnet20"
-        else _vgg(*PLANS[name], classes, channels, size, batch_norm, pool, dropout)
+        else _vgg(normalize, *PLANS[name], classes, channels, size, batch_norm, pool, dropout)
     )
-    net = nn.Sequential(Normalize(zero_point, scale), *body) if isinstance(body, nn.Sequential) else nn.Sequential(Normalize(zero_point, scale), body)
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -78,26 +89,48 @@ def _dropout(p: float) -> list[nn.Module]:
     return [nn.Dropout(p)] if p else []
 
 
-def _vgg(plan: Plan, hidden: Sequence[int], classes: int, channels: int, size: int, batch_norm: bool, pool: str, dropout: float) -> nn.Sequential:
+def _vgg(
+    normalize: Normalize,
+    plan: Plan,
+    hidden: Sequence[int],
+    classes: int,
+    channels: int,
+    size: int,
+    batch_norm: bool,
+    pool: str,
+    dropout: float,
+) -> nn.Sequential:
     """conv-ReLU groups with a pool, or dropout, after each ReLU; then linear-ReLU-dropout; then the readout."""
-    layers: list[nn.Module] = []
+    layers: dict[str, nn.Module] = {"normalize": normalize}
+    number = 0
     for width, after in zip(plan, [*plan[1:], None], strict=True):
         if width == "P":
-            layers.append(_pool(pool))
+            layers[f"pool{number}"] = _pool(pool)
             size //= 2
             continue
-        layers += [*_conv(channels, width, batch_norm), nn.ReLU(inplace=True)]
-        if after != "P":
-            layers += _dropout(dropout)
+        number += 1
+        for kind, module in zip(("conv", "norm"), _conv(channels, width, batch_norm), strict=False):
+            layers[f"{kind}{number}"] = module
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+        if dropout and after != "P":
+            layers[f"dropout{number}"] = nn.Dropout(dropout)
         channels = width
     if size < 1:
-        raise ValueError("the images are too small for this network: every pool halves them; use larger images (--size) or a network with fewer pools")
-    layers.append(nn.Flatten())
+        raise ValueError(
+            "the images are too small for this network, whose every pool halves them: use larger images (--size) or "
+            "a network with fewer pools (--net)"
+        )
+    layers["flatten"] = nn.Flatten()
     features = channels * size * size
     for width in hidden:
-        layers += [nn.Linear(features, width, bias=False), nn.ReLU(inplace=True), *_dropout(dropout)]
+        number += 1
+        layers[f"linear{number}"] = nn.Linear(features, width, bias=False)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+        if dropout:
+            layers[f"dropout{number}"] = nn.Dropout(dropout)
         features = width
-    return nn.Sequential(*layers, nn.Linear(features, classes, bias=False))
+    layers["readout"] = nn.Linear(features, classes, bias=False)
+    return nn.Sequential(OrderedDict(layers))
 
 
 class _Block(nn.Module):
@@ -106,9 +139,16 @@ class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, batch_norm: bool, dropout: float) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            *_conv(inputs, outputs, batch_norm, stride), nn.ReLU(inplace=True), *_dropout(dropout), *_conv(outputs, outputs, batch_norm)
+            *_conv(inputs, outputs, batch_norm, stride),
+            nn.ReLU(inplace=True),
+            *_dropout(dropout),
+            *_conv(outputs, outputs, batch_norm),
         )
-        self.shortcut = nn.Sequential(*_conv(inputs, outputs, batch_norm, stride, 1)) if stride != 1 or inputs != outputs else nn.Identity()
+        self.shortcut = (
+            nn.Sequential(*_conv(inputs, outputs, batch_norm, stride, 1))
+            if stride != 1 or inputs != outputs
+            else nn.Identity()
+        )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,24 +157,27 @@ class _Block(nn.Module):
 
 
 class _ResNet20(nn.Module):
-    """Three 3×3 convolutions, a pool, four stages of two blocks (64, 128, 256, 512 channels; strides 1, 2, 2, 2), the readout."""
+    """Three 3×3 convolutions, a pool, four stages of two blocks (64, 128, 256, 512 channels; strides 1, 2, 2, 2), the
+    readout."""
 
-    def __init__(self, classes: int, channels: int, size: int, batch_norm: bool, pool: str, dropout: float) -> None:
+    def __init__(
+        self, normalize: Normalize, classes: int, channels: int, size: int, batch_norm: bool, pool: str, dropout: float
+    ) -> None:
         super().__init__()
+        self.normalize = normalize
         stem: list[nn.Module] = []
         for inputs in (channels, 64, 64):
             stem += [*_conv(inputs, 64, batch_norm), nn.ReLU(inplace=True), *_dropout(dropout)]
         self.stem = nn.Sequential(*stem, _pool(pool))
-        widths = (64, 64, 128, 256, 512)
-        self.blocks = nn.Sequential(
-            *[_Block(inputs, outputs, stride, batch_norm, dropout) for before, width in zip(widths, widths[1:], strict=False)
-              for inputs, outputs, stride in ((before, width, 1 if before == width else 2), (width, width, 1))]
-        )  # fmt: skip
+        shapes = [(64, 64, 1), (64, 64, 1)]  # input channels, output channels, stride
+        for width in (128, 256, 512):
+            shapes += [(width // 2, width, 2), (width, width, 1)]
+        self.blocks = nn.Sequential(*[_Block(*shape, batch_norm, dropout) for shape in shapes])
         side = -(-(size // 2) // 8)  # the pool halves, three stages halve and round up
         if size < 2:
             raise ValueError("the images are too small for resnet20; use images of at least 2×2 pixels (--size)")
         self.readout = nn.Linear(512 * side * side, classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.readout(torch.flatten(self.blocks(self.stem(images)), 1))
+        logits: Tensor = self.readout(torch.flatten(self.blocks(self.stem(self.normalize(images))), 1))
         return logits

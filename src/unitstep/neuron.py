@@ -1,4 +1,5 @@
-"""The spiking neuron layer: how an input current becomes spikes, and how a gradient comes back. Knows nothing of networks, data or training.
+"""The spiking neuron layer: how an input current becomes spikes, and how a gradient comes back. Knows nothing of
+networks, data or training.
 
 Per timestep t, with threshold V, leak λ and the membrane U carried from step to step::
 
@@ -7,8 +8,9 @@ Per timestep t, with threshold V, leak λ and the membrane U carried from step t
     U ← U − V·s_t               soft reset, in the same step
     output = h·s_t              height h = 1 ("unit") or V ("threshold")
 
-A step function has no useful derivative; backward replaces it by the surrogate ds/dz = 0.3·max(0, 1 − |z|) with z = U/V − 1, and
-treats the s in the reset as a constant. At T = 1 with U(0) = 0 all this is one comparison, I > V: neither leak nor reset acts.
+A step function has no useful derivative; backward replaces it by the surrogate ds/dz = 0.3·max(0, 1 − |z|) with z =
+U/V − 1, and treats the s in the reset as a constant. At T = 1 with U(0) = 0 all this is one comparison, I > V: neither
+leak nor reset acts.
 Source: arXiv 2008.03658 and arXiv 2110.05929.
 """
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 Height = Literal["unit", "threshold"]
 SURROGATE = 0.3  # the surrogate's peak, at U = V; its support is 0 < U < 2V
+CHUNK = 1 << 16  # neurons that are worked off at a time without the compiler
 MIN_THRESHOLD, MIN_LEAK = 1e-3, 1e-3  # learned values are kept above these
 
 _compiled: ContextVar[bool] = ContextVar("compiled", default=False)
@@ -32,7 +35,8 @@ _compiled: ContextVar[bool] = ContextVar("compiled", default=False)
 
 @contextlib.contextmanager
 def compiled(enabled: bool) -> Iterator[None]:
-    """Within this context every `LIF` runs as one fused kernel forward and one backward, made by `torch.compile`; results are the same up to rounding."""
+    """Within this context every `LIF` runs as one fused kernel forward and one backward, made by `torch.compile`;
+    results are the same up to rounding."""
     token = _compiled.set(enabled)
     try:
         yield
@@ -73,8 +77,11 @@ def _fire(current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, ini
     return torch.stack(spikes) if steps > 1 else spikes[0][None]
 
 
-def _fire_backward(grad: Tensor, current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, initial: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_fire` with respect to current, threshold and leak. The membranes are computed again, so only `current` had to be kept."""
+def _fire_backward(
+    grad: Tensor, current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, initial: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_fire` with respect to current, threshold and leak. The membranes are computed again, so only
+    `current` had to be kept."""
     states = list(membranes(current, V, leak, steps, initial * V if initial else None))
     to_current = []
     to_V, to_leak = torch.zeros_like(V), torch.zeros_like(V)
@@ -104,55 +111,73 @@ def _fire_backward(grad: Tensor, current: Tensor, V: Tensor, leak: Tensor, steps
 
 @cache
 def _kernel(function: Any) -> Any:
-    """`function` compiled with a symbolic N: one kernel per number of steps serves every layer. It raises rather than fall back to eager in silence."""
+    """`function` compiled with a symbolic N: one kernel per number of steps serves every layer. Raises rather than fall
+    back to eager in silence."""
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def _call(function: Any, fuse: bool, *args: Any) -> Any:
-    if not fuse:
-        return function(*args)
+def _fused(function: Any, *args: Any) -> Any:
     with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
         return _kernel(function)(*args)
 
 
 class _Fire(torch.autograd.Function):
-    """All steps of one layer: one pass forward, one backward. It keeps the current and nothing else."""
+    """All steps of one layer: one pass forward, one backward. It keeps the current and nothing else.
+
+    Without the compiler the columns are worked off in chunks, whose intermediate results stay in the processor's cache.
+    """
 
     @staticmethod
-    def forward(ctx: Any, current: Tensor, threshold: Tensor, leak: Tensor, steps: int, height: str, initial: float) -> Tensor:
+    def forward(
+        ctx: Any, current: Tensor, threshold: Tensor, leak: Tensor, steps: int, height: str, initial: float
+    ) -> Tensor:
         ctx.save_for_backward(current, threshold, leak)
         ctx.options = steps, height, initial
         ctx.fuse = _compiled.get()  # backward may run in another thread, where the context is not known
         precision = torch.promote_types(current.dtype, torch.float32)  # half-precision currents are integrated in fp32
-        spikes: Tensor = _call(_fire, ctx.fuse, current, threshold.to(precision), leak.to(precision), *ctx.options)
-        return spikes
+        parameters = threshold.to(precision), leak.to(precision), *ctx.options
+        if ctx.fuse:
+            spikes: Tensor = _fused(_fire, current, *parameters)
+            return spikes
+        return torch.cat([_fire(part, *parameters) for part in current.split(CHUNK, 1)], 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         current, threshold, leak = ctx.saved_tensors
         precision = torch.promote_types(current.dtype, torch.float32)
-        to_current, to_threshold, to_leak = _call(
-            _fire_backward, ctx.fuse, grads[0].contiguous(), current, threshold.to(precision), leak.to(precision), *ctx.options
-        )
-        return to_current, to_threshold.to(threshold.dtype), to_leak.to(leak.dtype), None, None, None
+        parameters = threshold.to(precision), leak.to(precision), *ctx.options
+        if ctx.fuse:
+            to_current, to_V, to_leak = _fused(_fire_backward, grads[0].contiguous(), current, *parameters)
+        else:
+            pairs = zip(grads[0].split(CHUNK, 1), current.split(CHUNK, 1), strict=True)
+            parts = [_fire_backward(grad, part, *parameters) for grad, part in pairs]
+            to_current = torch.cat([part for part, _, _ in parts], 1)
+            to_V, to_leak = (torch.stack(sums).sum() for sums in list(zip(*parts, strict=True))[1:])
+        return to_current, to_V.to(threshold.dtype), to_leak.to(leak.dtype), None, None, None
 
 
 class LIF(nn.Module):
-    """A layer of leaky integrate-and-fire neurons with one learnable threshold and one learnable leak (equations: this module's docstring).
+    """A layer of leaky integrate-and-fire neurons with one learnable threshold and one learnable leak (equations: this
+    module's docstring).
 
-    threshold: V > 0, in the unit of the current.  leak: λ in (0, 1]; 1 forgets nothing.  height: what a spike is worth downstream, 1 or V.
+    threshold: V > 0, in the unit of the current.  leak: λ in (0, 1]; 1 forgets nothing.  height: what a spike is worth
+    downstream, 1 or V.
     initial: U(0) in units of V (0.5 turns the rounding of a T-step response from floor into nearest).
     Integration is in fp32 for fp32, bf16 and fp16 currents and in fp64 for fp64 ones. No state survives a call.
     """
 
-    def __init__(self, threshold: float = 1.0, leak: float = 1.0, *, height: Height = "unit", initial: float = 0.0) -> None:
+    def __init__(
+        self, threshold: float = 1.0, leak: float = 1.0, *, height: Height = "unit", initial: float = 0.0
+    ) -> None:
         super().__init__()
         if not threshold > 0:
             raise ValueError(f"threshold must be greater than 0, not {threshold}")
         if not 0 < leak <= 1:
             raise ValueError(f"leak must be in (0, 1], not {leak}: 1 forgets nothing, 0.9 forgets a tenth per step")
         if height not in ("unit", "threshold"):
-            raise ValueError(f'height must be "unit" (a spike is worth 1) or "threshold" (it is worth V), not {height!r}')
+            raise ValueError(
+                f'height must be "unit" (a spike is worth 1) or "threshold" (it is worth V), not {height!r}'
+            )
         if not 0 <= initial < 1:
             raise ValueError(f"initial must be in [0, 1), as a fraction of the threshold, not {initial}")
         self.threshold = nn.Parameter(torch.tensor(float(threshold)))
@@ -168,16 +193,26 @@ class LIF(nn.Module):
         check_steps(steps)
         rows = 1 if static else steps
         if current.dim() == 0 or current.shape[0] % rows:
-            raise ValueError(f"current of shape {list(current.shape)} does not hold {steps} steps: its first dimension must be steps·batch")
-        nhwc = current.dim() == 4 and current.is_contiguous(memory_format=torch.channels_last) and not current.is_contiguous()
+            raise ValueError(
+                f"current of shape {list(current.shape)} does not hold {steps} steps: its first dimension must be "
+                "steps·batch"
+            )
+        nhwc = (
+            current.dim() == 4
+            and current.is_contiguous(memory_format=torch.channels_last)
+            and not current.is_contiguous()
+        )
         dense = current.permute(0, 2, 3, 1) if nhwc else current  # one row per step, in memory order: nothing is copied
         flat = dense.reshape(rows, dense.numel() // rows)
-        fired: Tensor = _Fire.apply(flat, self.threshold, self.leak, steps, self.height, self.initial)
+        fired: Tensor = _Fire.apply(  # type: ignore[no-untyped-call]
+            flat, self.threshold, self.leak, steps, self.height, self.initial
+        )
         spikes = fired.view(dense.shape[0] // rows * steps, *dense.shape[1:])
         return spikes.permute(0, 3, 1, 2) if nhwc else spikes
 
     def extra_repr(self) -> str:
-        return f"threshold={self.threshold.item():.4g}, leak={self.leak.item():.4g}, height={self.height!r}, initial={self.initial}"
+        learned = f"threshold={self.threshold.item():.4g}, leak={self.leak.item():.4g}"
+        return f"{learned}, height={self.height!r}, initial={self.initial}"
 
 
 def check_steps(steps: int) -> int:
@@ -188,7 +223,8 @@ def check_steps(steps: int) -> int:
 
 
 def clamp_(net: nn.Module) -> None:
-    """Bring every threshold of `net` back above 0 and every leak back into (0, 1], in place. To be called after each optimiser step."""
+    """Bring every threshold of `net` back above 0 and every leak back into (0, 1], in place. To be called after each
+    optimiser step."""
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, LIF):

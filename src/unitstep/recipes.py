@@ -1,12 +1,13 @@
-"""What an experiment is, as plain data, and the experiments that come with the library. Knows nothing of torch, files or devices.
+"""What an experiment is, as plain data, and the experiments that come with the library. Knows nothing of torch, files
+or devices.
 
-A recipe's steps of randomness, choices and costs are all in its fields: the same recipe on the same machine gives the same run. The recipes
-whose names end in "-paper" follow arXiv 2110.05929 as far as it is known; the others are sized for less hardware.
+A recipe's steps of randomness, choices and costs are all in its fields: the same recipe on the same machine gives the
+same run. The recipes whose names end in "-paper" follow arXiv 2110.05929 as far as it is known; the others are sized
+for less hardware.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -48,7 +49,9 @@ class Stage:
             if not getattr(self, field) > 0:
                 raise ValueError(f"a stage's {field} must be greater than 0, not {getattr(self, field)}")
         if self.batch % self.accumulate:
-            raise ValueError(f"a batch of {self.batch} images cannot be cut into {self.accumulate} equal parts (accumulate)")
+            raise ValueError(
+                f"a batch of {self.batch} images cannot be cut into {self.accumulate} equal parts (accumulate)"
+            )
         for share in (self.warmup, self.label_smoothing, *self.milestones):
             if not 0 <= share < 1:
                 raise ValueError(f"warmup, label_smoothing and milestones are shares from 0 to 1, not {share}")
@@ -68,7 +71,8 @@ class Recipe:
     name: str
     """Name of the recipe that this one is or started from."""
     data: str
-    """Images: a folder of class folders, a folder of parquet files, a Hugging Face hub name, or fashion-mini, which is built in."""
+    """Images: a folder of class folders, a folder of parquet files, a Hugging Face hub name, or fashion-mini, which is
+    built in."""
     net: str
     """Network: vgg-mini, vgg-quick, vgg6, vgg16, vgg16-imagenet or resnet20."""
     stages: tuple[Stage, ...]
@@ -78,13 +82,15 @@ class Recipe:
     channels: int = 3
     """3 for colour, 1 for grey; other images are converted."""
     augment: Augment = "crop-flip"
-    """Random changes of training images: crop after padding by 4 pixels, crop of random size and shape (images are then streamed), flip."""
+    """Random changes of training images: crop after padding by 4 pixels, crop of random size and shape (images are
+    then streamed), flip."""
     pixel_zero: tuple[float, ...] = (121.0,)
     """Pixel value, 0 to 255, that becomes 0: one for all channels or one each."""
     pixel_scale: tuple[float, ...] = (1 / 64,)
     """What pixel values are multiplied by after that: one for all channels or one each."""
     norm: Literal["none", "fold", "keep"] = "keep"
-    """Batch norm: none in the CNN; folded into the weights at conversion; or kept through the ladder, acting on all timesteps at once."""
+    """Batch norm: none in the CNN; folded into the weights at conversion; or kept through the ladder, acting on all
+    timesteps at once."""
     pool: Literal["avg", "max"] = "avg"
     """Pooling over 2×2 pixels."""
     dropout: float = 0.0
@@ -183,7 +189,8 @@ def _ladder(cnn: Stage, last: Stage, *, between: float) -> tuple[Stage, ...]:
 
 
 def _paper(name: str, data: str, net: str, *, norm: Literal["none", "fold"], **fields: Any) -> Recipe:
-    """Section by section what the authors' scripts do: 300 epochs for a CNN with batch norm, 500 without, then up to 500 for each T."""
+    """Section by section what the authors' scripts do: 300 epochs for a CNN with batch norm, 500 without, then up to
+    500 for each T."""
     cnn = Stage(None, 500 if norm == "none" else 300, 0.01, "sgd", 5e-4, batch=64, milestones=(0.45, 0.7, 0.9))
     snn = Stage(1, 500, 1e-4, "adam-amsgrad", batch=64, milestones=(0.6, 0.8, 0.9))
     stages = _ladder(cnn, snn, between=500)
@@ -241,4 +248,6 @@ _SHIPPED = (
 )  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {shipped.name: shipped for shipped in _SHIPPED}
-RUN_TO_THE_END = frozenset({"fashion-mini", "cifar10-quick"})  # those with a record in benchmarks/records; the others: not run
+RUN_TO_THE_END = frozenset(
+    {"fashion-mini", "cifar10-quick"}
+)  # those with a record in benchmarks/records; the others: not run

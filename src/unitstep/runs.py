@@ -1,7 +1,9 @@
-"""The run folder: what one experiment leaves on disk, and how it is read back. Knows nothing of how training or measuring is done.
+"""The run folder: what one experiment leaves on disk, and how it is read back. Knows nothing of how training or
+measuring is done.
 
-A file is written whole or not at all: aside, flushed to the disk, renamed. Tensors are safetensors with a JSON text in their metadata; no pickle is
-read or written. What is damaged or does not belong here is named in an error, never loaded and never deleted.
+A file is written whole or not at all: aside, flushed to the disk, renamed. Tensors are safetensors with a JSON text in
+their metadata; no pickle is read or written. What is damaged or does not belong here is named in an error, never
+loaded and never deleted.
 """
 
 import contextlib
@@ -42,15 +44,20 @@ class Finished:
 
 
 class Run:
-    """A run folder, as it is on disk at this moment. ValueError if `path` is not a run folder or a file in it is damaged.
+    """A run folder, as it is on disk at this moment. ValueError if `path` is not a run folder or a file in it is
+    damaged.
 
-    recipe: the `Recipe` it was made by.  stages: the finished ones, in order.  measurement: the content of measure.json, or None.
+    recipe: the `Recipe` it was made by.  stages: the finished ones, in order.  measurement: the content of
+    measure.json, or None.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / "recipe.json").is_file():
-            raise ValueError(f"{self.path} is not a run folder: it has no recipe.json (unitstep train RECIPE --out {self.path} makes one)")
+            raise ValueError(
+                f"{self.path} is not a run folder: it has no recipe.json (unitstep train RECIPE --out {self.path} "
+                "makes one)"
+            )
         self.about: dict[str, Any] = read_json(self.path / "recipe.json")
         try:
             self.recipe = recipe_from_dict(self.about["recipe"])
@@ -59,7 +66,9 @@ class Run:
 
     @property
     def stages(self) -> tuple[Finished, ...]:
-        return tuple(self.finished(index) for index in range(len(self.recipe.stages)) if self.stage_path(index).exists())
+        return tuple(
+            self.finished(index) for index in range(len(self.recipe.stages)) if self.stage_path(index).exists()
+        )
 
     @property
     def measurement(self) -> dict[str, Any] | None:
@@ -90,7 +99,9 @@ class Run:
     def finished(self, index: int) -> Finished:
         path = self.stage_path(index)
         info = self._check(path, _read_info(path), index)
-        return Finished(index, self.recipe.stages[index], path, info["val_accuracy"], info["seconds"], tuple(info["classes"]))
+        return Finished(
+            index, self.recipe.stages[index], path, info["val_accuracy"], info["seconds"], tuple(info["classes"])
+        )
 
     def save(self, path: Path, tensors: dict[str, Tensor], index: int, **info: Any) -> None:
         """Write tensors with the recipe, the stage's index and `info` in their metadata."""
@@ -98,7 +109,9 @@ class Run:
         dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_whole(path, save(dense, metadata={"unitstep": text}))
 
-    def load(self, path: Path, index: int, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def load(
+        self, path: Path, index: int, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `save` wrote. ValueError if the file is damaged or belongs to another run or stage."""
         info = self._check(path, _read_info(path), index)
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -110,7 +123,10 @@ class Run:
 
     def _check(self, path: Path, info: dict[str, Any], index: int) -> dict[str, Any]:
         if info.get("recipe") != self.recipe.to_dict() or info.get("index") != index:
-            raise ValueError(f"{path} does not belong to this run and stage; it was not loaded: move it away to train that stage again")
+            raise ValueError(
+                f"{path} does not belong to this run and stage; it was not loaded: move it away to train that stage "
+                "again"
+            )
         return info
 
     def cnn(self, classes: int) -> nn.Module:
@@ -132,7 +148,10 @@ class Run:
         """The trained network of stage `index`, in evaluation mode: the CNN for the first, else a `Spiking`."""
         path = self.stage_path(index)
         if not path.exists():
-            raise ValueError(f"stage {self.recipe.stages[index].name} of {self.path} is not trained yet: unitstep train goes on with it")
+            raise ValueError(
+                f"stage {self.recipe.stages[index].name} of {self.path} is not trained yet: unitstep train goes on "
+                "with it"
+            )
         tensors, info = self.load(path, index)
         net = self.cnn(len(info["classes"]))
         if index:
@@ -142,13 +161,17 @@ class Run:
 
 
 def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
-    """The run folder `out`, made if it is not there. ValueError if it was made by another recipe, or cannot be written to."""
+    """The run folder `out`, made if it is not there. ValueError if it was made by another recipe, or cannot be written
+    to."""
     path = Path(out)
     if (path / "recipe.json").exists():
         run = Run(path)
         if changes := differences(run.recipe, recipe):
             listed = "\n  ".join(changes)
-            raise ValueError(f"{path} was made by another recipe (there → here); choose another folder, or the same recipe:\n  {listed}")
+            raise ValueError(
+                f"{path} was made by another recipe (there → here); choose another folder, or the same recipe:\n  "
+                f"{listed}"
+            )
         return run
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -161,7 +184,8 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
 
 
 def load(run: Run | str | Path, steps: int = 1) -> Spiking:
-    """The trained spiking network of the run's stage with that number of timesteps. ValueError if there is no such stage or it is not finished."""
+    """The trained spiking network of the run's stage with that number of timesteps. ValueError if there is no such
+    stage or it is not finished."""
     run = run if isinstance(run, Run) else Run(run)
     found = [index for index, stage in enumerate(run.recipe.stages) if stage.steps == steps]
     if not found or steps is None:
@@ -174,7 +198,8 @@ def load(run: Run | str | Path, steps: int = 1) -> Spiking:
 
 @contextlib.contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Hold the run folder against a second process. ValueError if one is at work in it. (No-op where the system has no flock.)"""
+    """Hold the run folder against a second process. ValueError if one is at work in it. (No-op where the system has no
+    flock.)"""
     try:
         import fcntl
     except ImportError:
@@ -230,7 +255,9 @@ def _read_info(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {})["unitstep"])
     except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is damaged or was not written by unitstep ({error}); it was not loaded: move it away to go on") from error
+        raise ValueError(
+            f"{path} is damaged or was not written by unitstep ({error}); it was not loaded: move it away to go on"
+        ) from error
     if not isinstance(info, dict):
         raise ValueError(f"{path} was not written by unitstep; it was not loaded: move it away to go on")
     return info
@@ -249,15 +276,25 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.platform(), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+    return {
+        "system": platform.platform(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that this code runs from, with "+" if it was changed; None if it is an installed copy."""
-    here = Path(__file__).parent
-    try:
-        ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    """The commit of the source tree that this code runs from, with "+" if it was changed; None if it is an installed
+    copy."""
+    here = Path(__file__)
+    ask = ["git", "-C", str(here.parent)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        for question in (
+            ["ls-files", "--error-unmatch", here.name],
+            ["describe", "--always", "--abbrev=12", "--dirty=+"],
+        ):
+            done = subprocess.run([*ask, *question], capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+    return None

@@ -1,0 +1,29 @@
+"""What all tests share: one thread, a cache that leaves nothing behind, and the folder of full data sets."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+CACHE = tempfile.mkdtemp(prefix="unitstep-tests-")
+os.environ["HF_HOME"] = CACHE  # before anything imports datasets, which reads it once
+os.environ["HF_DATASETS_CACHE"] = str(Path(CACHE, "datasets"))
+os.environ["HF_HUB_CACHE"] = str(Path(CACHE, "hub"))
+torch.set_num_threads(1)  # two threads on busy cores are many times slower
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder that holds `cifar10/` and `fashion_mnist/`: $UNITSTEP_DATA, by default ../shared/data."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("UNITSTEP_DATA", default))
+    if not all((folder / name).is_dir() for name in ("cifar10", "fashion_mnist")):
+        pytest.skip(f"no cifar10/ and fashion_mnist/ in {folder}: set UNITSTEP_DATA to the folder that holds them")
+    return folder
