@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from unitstep.neuron import LIF, compiled
 
-torch.set_num_threads(1)
+from . import oracle
 
 HEIGHTS = ["unit", "threshold"]
 STEPS = [1, 2, 3, 4, 5]
@@ -385,7 +384,25 @@ def test_backward_keeps_nothing_but_the_current(dtype: torch.dtype, static: bool
     assert sum(saved.values()) <= current.numel() * current.element_size() + 64
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_layer_too_large_for_one_piece(static: bool) -> None:
+    lif = LIF(0.8, 0.7, height="threshold").double()
+    current = noise(1 if static else 3, 70_001)
+    assert_same(run(lif, current, 3, static=static), run_oracle(lif, current, 3, static=static), 1e-8)
+
+
 # Compiled
+
+
+def compile_tests(test: Callable[..., None]) -> Callable[..., None]:
+    marks = [
+        pytest.mark.usefixtures("_compiler"),
+        pytest.mark.filterwarnings("ignore:The .grad attribute"),  # torch hides it itself, unless it is an error
+        pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),  # torch, on torch
+    ]
+    for mark in marks:
+        test = mark(test)
+    return test
 
 
 @pytest.fixture
@@ -400,12 +417,21 @@ def _compiler() -> Iterator[None]:
     assert not counters["unimplemented"]
 
 
-@pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("height", HEIGHTS)
-@pytest.mark.parametrize("static", [False, True])
+@compile_tests
+@pytest.mark.parametrize(
+    ("steps", "height", "static"),
+    [
+        (1, "threshold", True),
+        (2, "unit", False),
+        (2, "threshold", True),
+        (3, "unit", True),
+        (4, "threshold", False),
+        (5, "threshold", False),
+        (5, "unit", True),
+    ],
+)
 def test_compiled_agrees_with_eager(steps: int, height: Any, static: bool) -> None:
-    """Slow (seconds per case). One kernel each way serves every shape: after the first, compiling again is an error."""
+    """Slow: seconds per case. One kernel each way serves every shape: to compile again after the first is an error."""
     lif = LIF(0.8, 0.7, height=height)
     for i, shape in enumerate([(2, 5, 4, 3), (3, 17), (1, 2, 8, 8)]):
         current = noise(*((1 if static else steps) * shape[0], *shape[1:]), seed=1, dtype=torch.float32)
@@ -418,7 +444,7 @@ def test_compiled_agrees_with_eager(steps: int, height: Any, static: bool) -> No
                 assert torch.equal(lif.eval()(current, steps, static=static), eager["spikes"])
 
 
-@pytest.mark.usefixtures("_compiler")
+@compile_tests
 def test_compiled_compiles() -> None:
     torch.compiler.reset()
     with compiled(True):

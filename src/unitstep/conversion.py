@@ -25,7 +25,7 @@ Readout = Literal["sum", "mean"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 RELU_FUNCTIONS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_}
-DROPOUT_MODULES, DROPOUT_FUNCTIONS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d), {F.dropout, F.dropout1d, F.dropout2d}
+DROPOUTS: dict[Any, Any] = {nn.Dropout: F.dropout, nn.Dropout1d: F.dropout1d, nn.Dropout2d: F.dropout2d}
 # Operations that act on each image (and so on each step) alone: they run on folded time as they are.
 KEPT_MODULES = (
     nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear, *BATCH_NORMS,
@@ -54,13 +54,20 @@ class Spiking(fx.GraphModule):  # type: ignore[misc,unused-ignore]
         return {str(node.target).removeprefix("neurons."): module for node, module in found if isinstance(module, LIF)}
 
 
-class SharedDropout(nn.Dropout):
-    """Dropout that draws one mask per call and uses it at every step: [T·B, …], steps → [T·B, …]."""
+class SharedDropout(nn.Module):
+    """Dropout (of elements or of channels) that draws one mask per call and uses it at every step.
+
+    [T·B, …], steps → [T·B, …].
+    """
+
+    def __init__(self, p: float, function: Any = F.dropout) -> None:
+        super().__init__()
+        self.p, self.function = p, function
 
     def forward(self, x: Tensor, steps: int = 1) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        mask = F.dropout(torch.ones_like(x[: len(x) // steps]), self.p)
+        mask = self.function(torch.ones_like(x[: len(x) // steps]), self.p, True)
         return x * _repeat(mask, steps)
 
 
@@ -163,12 +170,13 @@ def _fuse_linear(layer: nn.Linear, norm: nn.Module) -> nn.Module:
     return fuse_linear_bn_eval(layer.eval(), norm.eval())  # type: ignore[arg-type]
 
 
-def _dropout_p(node: fx.Node, module: nn.Module | None) -> float | None:
-    """The probability of a dropout, as module or function; None for any other operation."""
-    if isinstance(module, DROPOUT_MODULES):
-        return module.p
-    if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
-        return float(node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5))  # type: ignore[arg-type]
+def _dropout(node: fx.Node, module: nn.Module | None) -> SharedDropout | None:
+    """What takes the place of a dropout, as module or function; None for any other operation."""
+    if type(module) in DROPOUTS:
+        return SharedDropout(module.p, DROPOUTS[type(module)])  # type: ignore[arg-type,union-attr]
+    if node.op == "call_function" and node.target in DROPOUTS.values():
+        p: Any = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        return SharedDropout(float(p), node.target)
     return None
 
 
@@ -229,8 +237,8 @@ def _insert_neurons(net: nn.Module, graph: fx.Graph, height: Height, initial: fl
             node.replace_all_uses_with(neuron)
             graph.erase_node(node)
             spiked.add(neuron)
-        elif (p := _dropout_p(node, module)) is not None:
-            net.neurons.add_module(node.name, SharedDropout(p))
+        elif (shared := _dropout(node, module)) is not None:
+            net.neurons.add_module(node.name, shared)
             with graph.inserting_before(node):
                 dropout = graph.call_module(
                     f"neurons.{node.name}", (node.all_input_nodes[0], *([steps] if sources else []))

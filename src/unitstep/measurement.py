@@ -15,7 +15,7 @@ from unitstep.conversion import Spiking
 from unitstep.data import Split, load_test
 from unitstep.ladder import choose_device, forward
 from unitstep.neuron import compiled, compiler_available
-from unitstep.runs import SCHEMA, Run, provenance, write_json
+from unitstep.runs import SCHEMA, Run, provenance, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -163,4 +163,4 @@ def measure_run(
         "stages": rows,
     }
     write_json(run.path / "measure.json", result)
-    return result
+    return read_json(run.path / "measure.json")

@@ -50,7 +50,7 @@ def build(
     batch_norm: bool = True,
     pool: str = "avg",
     dropout: float = 0.0,
-    zero_point: Sequence[float] = (128,),
+    zero_point: Sequence[float] = (121,),
     scale: Sequence[float] = (1 / 64,),
 ) -> nn.Module:
     """The network `name` (a key of `PLANS`, or "resnet20") for images [B, channels, size, size] → logits [B, classes].

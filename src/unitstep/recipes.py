@@ -209,7 +209,7 @@ _CIFAR10_PIXELS = _pixels((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR100_PIXELS = _pixels((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _IMAGENET_PIXELS = _pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-_MINI = _ladder(Stage(None, 4, 4e-3, warmup=0.2), Stage(1, 4, 4e-3, warmup=0.1), between=1)
+_MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, warmup=0.1), between=1)
 _QUICK = _ladder(
     Stage(None, 6, 0.1, "sgd", 5e-4, warmup=0.2, label_smoothing=0.1),
     Stage(1, 15, 2e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1),

@@ -1,0 +1,73 @@
+"""Turn measured runs of one recipe, with different seeds, into a record and its table.
+
+    python benchmarks/record.py NAME RUN [RUN …]      writes benchmarks/records/NAME.json, prints Markdown
+
+A record holds what `unitstep measure` wrote for each run, with mean and spread over the seeds; nothing in it is typed
+by hand.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from unitstep.recipes import differences
+from unitstep.runs import Run, write_json
+
+RECORDS = Path(__file__).parent / "records"
+
+
+def record(runs: list[Run]) -> dict[str, Any]:
+    """Runs of one recipe → one record. ValueError if one is not measured or the recipes differ in more than the seed."""
+    measured = []
+    for run in runs:
+        if run.measurement is None:
+            raise ValueError(f"{run.path} has no measure.json: unitstep measure {run.path}")
+        if changes := differences(replace(runs[0].recipe, seed=0), replace(run.recipe, seed=0)):
+            raise ValueError(f"{run.path} has another recipe than {runs[0].path}: {'; '.join(changes)}")
+        # a record names the data set, not the folder where it lay
+        found = json.loads(json.dumps(run.measurement))
+        found["recipe"]["data"] = found["data"]["source"] = Path(run.recipe.data).name
+        measured.append(found)
+    stages = []
+    for rows in zip(*(found["stages"] for found in measured), strict=True):
+        summary: dict[str, Any] = {"name": rows[0]["name"], "steps": rows[0]["steps"], "n": len(rows)}
+        for key in ("val_accuracy", "test_accuracy", "spikes_per_neuron", "seconds"):
+            values = [row[key] for row in rows if row[key] is not None]
+            if values:
+                summary[key] = {
+                    "mean": mean(values),
+                    "deviation": stdev(values) if len(values) > 1 else None,
+                    "values": values,
+                }
+        stages.append(summary)
+    return {"schema": 1, "n": len(runs), "seeds": [run.recipe.seed for run in runs], "stages": stages, "runs": measured}
+
+
+def table(found: dict[str, Any]) -> str:
+    """A record as a Markdown table: mean, and ± the standard deviation over seeds where there are several."""
+
+    def cell(row: dict[str, Any], key: str, digits: int) -> str:
+        if key not in row:
+            return ""
+        value = f"{row[key]['mean']:.{digits}f}"
+        return value if row[key]["deviation"] is None else f"{value} ± {row[key]['deviation']:.{digits}f}"
+
+    lines = ["| stage | validation % | test % | spikes per neuron | training, s |", "|---|---|---|---|---|"]
+    for row in found["stages"]:
+        name = "CNN" if row["steps"] is None else f"T = {row['steps']}"
+        keys = (("val_accuracy", 2), ("test_accuracy", 2), ("spikes_per_neuron", 3), ("seconds", 0))
+        cells = [cell(row, key, digits) for key, digits in keys]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    found = record([Run(path) for path in sys.argv[2:]])
+    RECORDS.mkdir(exist_ok=True)
+    write_json(RECORDS / f"{sys.argv[1]}.json", found)
+    print(table(found))

@@ -1,0 +1,7 @@
+"""`python -m unitstep` is the command `unitstep`."""
+
+import sys
+
+from unitstep.cli import main
+
+sys.exit(main())

@@ -1,0 +1,79 @@
+"""The command line, as a user meets it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from unitstep.cli import main
+from unitstep.recipes import RECIPES
+
+TINY = [part for i in range(6) for part in (f"--stages.{i}.epochs", "0.02")]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "unitstep", *arguments], capture_output=True, text=True)
+
+
+def test_train_measure_and_the_errors_between(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    train = ["train", "fashion-mini", "--out", out, "--threads", "1", "--calibration-images", "64", *TINY]
+    assert main([*train, "--time-limit", "0"]) == 3
+    assert "stopped at the time limit; to go on: unitstep train fashion-mini" in capsys.readouterr().err
+    assert main(train) == 0
+    printed = capsys.readouterr()
+    assert "t1: validation" in printed.out
+    assert f"unitstep measure {out}" in printed.err
+    assert main(["measure", out]) == 0
+    table = capsys.readouterr().out
+    assert [line.split()[0] for line in table.splitlines()] == ["stage", "CNN", "T=5", "T=4", "T=3", "T=2", "T=1"]
+    assert main([*train, "--seed", "1"]) == 1
+    assert "seed: 0 → 1" in capsys.readouterr().err
+
+
+def test_max_loss_is_said(tmp_path, capsys):
+    options = ["--out", str(tmp_path), "--threads", "1", "--max-loss", "0", *TINY, "--stages.0.epochs", "2"]
+    assert main(["train", "fashion-mini", *options]) == 0
+    assert "the ladder ends at t5, which loses" in capsys.readouterr().err
+
+
+def test_recipes_lists_all(capsys):
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(RECIPES)
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("imagenet")] == ["run"]
+
+
+def test_help_explains_every_field(capsys):
+    for arguments in (["train", "--help"], ["train", "cifar10-vgg16", "--help"], ["measure", "-h"], ["recipes", "-h"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--stages.5.lr" in out
+    assert "Percentage points of validation accuracy" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "cifar10-vg16", "--out", "x"], 1, "did you mean cifar10-vgg16"),
+        (["train"], 2, "RECIPE is one of: fashion-mini"),
+        (["fly"], 2, "no verb 'fly'"),
+        (["measure", "nowhere"], 1, "nowhere is not a run folder"),
+        (["train", "fashion-mini", "--out", "x", "--data", "./nowhere"], 1, "no such folder"),
+        (["train", "fashion-mini", "--out", "x", "--net", "vgg16", "--size", "8"], 1, "too small"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_as_a_module_and_without_a_terminal():
+    assert run("--version").stdout.startswith("unitstep 0.")
+    refused = run("train", "fashion-mini", "--out", "x", "--stages.1.steps", "0")
+    assert refused.returncode == 2
+    assert "steps of 1 or more" in refused.stdout + refused.stderr

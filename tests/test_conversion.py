@@ -1,0 +1,225 @@
+"""Conversion: which operations become neurons, what the thresholds are, what is refused."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from unitstep import LIF, nets, to_spiking
+from unitstep.conversion import SharedDropout, calibrate_, spiking
+
+IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Shared(nn.Module):
+    """One ReLU module called twice, a functional, a method, a residual and a concatenation with the stem's current."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = (nn.Conv2d(i, 4, 3, padding=1) for i in (3, 4, 4))
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(8 * 16, 5)
+
+    def forward(self, x):
+        stem = self.stem(x)
+        y = self.relu(self.a(self.relu(stem)))
+        y = F.relu(self.b(y) + stem).relu()
+        y = F.avg_pool2d(torch.cat([y, stem], 1), 2)
+        return self.head(F.dropout(torch.flatten(y, 1), 0.5, self.training))
+
+
+def test_every_relu_call_becomes_its_own_neuron_layer():
+    snn = to_spiking(Shared().eval(), IMAGES, steps=3)
+    assert list(snn.lifs) == ["relu", "relu_1", "relu_2", "relu_3"]
+    assert len({id(lif) for lif in snn.lifs.values()}) == 4
+    assert snn(IMAGES, steps=3).shape == (8, 5)
+
+
+def test_the_stems_current_is_repeated_where_it_meets_spikes():
+    """Against the same net written out by hand, one step at a time."""
+    cnn = Shared().double().eval()
+    snn = to_spiking(cnn, IMAGES.double(), steps=3, height="threshold", readout="sum").double()
+    V = [lif.threshold.detach() for lif in snn.lifs.values()]
+    U: list[torch.Tensor | float] = [0.0] * 4
+    expected = 0
+    with torch.no_grad():
+        for _ in range(3):
+
+            def fire(i, current):
+                U[i] = U[i] + current
+                spikes = (U[i] > V[i]).double() * V[i]
+                U[i] = U[i] - spikes
+                return spikes
+
+            stem = cnn.stem(IMAGES.double())
+            y = fire(3, fire(2, cnn.b(fire(1, cnn.a(fire(0, stem)))) + stem))
+            expected = expected + cnn.head(torch.flatten(F.avg_pool2d(torch.cat([y, stem], 1), 2), 1))
+    torch.testing.assert_close(snn(IMAGES.double(), steps=3), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_cnn_is_untouched_and_names_remain():
+    cnn = nets.build("resnet20", classes=10, size=16, dropout=0.1)
+    before = copy.deepcopy(cnn.state_dict())
+    snn = to_spiking(cnn, torch.zeros(4, 3, 16, 16, dtype=torch.uint8) + 100, steps=2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in cnn.state_dict().items())
+    assert set(before) == {name for name in snn.state_dict() if not name.startswith("neurons.")}
+    assert snn.training == cnn.training
+
+
+def test_thresholds_are_the_percentile_with_earlier_layers_already_spiking():
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    snn = to_spiking(cnn, IMAGES, steps=3, percentile=80, scale=0.5, height="unit")
+    first, second = snn.lifs.values()
+    with torch.no_grad():
+        current = cnn[0](IMAGES)
+        V = 0.5 * current.quantile(0.8, interpolation="nearest")
+        assert first.threshold.item() == pytest.approx(V.item())
+        U, peaks = torch.zeros_like(current), []
+        for _ in range(3):
+            U = U + current
+            spikes = (U > V).float()
+            U = U - V * spikes
+            peaks.append(cnn[2](spikes).quantile(0.8, interpolation="nearest"))
+        assert second.threshold.item() == pytest.approx(0.5 * max(peaks).item())
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_calibration_in_windows_is_calibration_at_once(window):
+    cnn = Shared().double().eval()
+    whole = calibrate_(spiking(cnn), IMAGES.double(), steps=5)
+    cut = calibrate_(spiking(cnn), IMAGES.double(), steps=5, window=window)
+    for a, b in zip(whole.lifs.values(), cut.lifs.values(), strict=True):
+        assert a.threshold.item() == pytest.approx(b.threshold.item(), rel=1e-5)
+
+
+def test_a_threshold_that_would_not_be_positive_is_a_tenth():
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    nn.init.constant_(cnn[0].weight, -1.0)
+    with pytest.warns(UserWarning, match="layer _1 emits no spike"):
+        snn = to_spiking(cnn, IMAGES)
+    assert snn.lifs["_1"].threshold.item() == pytest.approx(0.1)
+
+
+def test_folding_batch_norm_changes_nothing_in_evaluation():
+    torch.manual_seed(1)
+    cnn = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(144, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Linear(6, 2),
+    ).double()
+    cnn(IMAGES.double())  # some statistics
+    cnn.eval()
+    kept, folded = spiking(cnn, norm="keep"), spiking(cnn, norm="fold")
+    assert not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in folded.modules())
+    for steps in (1, 3):
+        torch.testing.assert_close(folded(IMAGES.double(), steps), kept(IMAGES.double(), steps), rtol=1e-10, atol=1e-10)
+
+
+def test_dropout_has_one_mask_for_all_steps():
+    dropout = SharedDropout(0.5)
+    out = dropout(torch.ones(3 * 4, 50), 3).unflatten(0, (3, 4))
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[0], out[2])
+    assert set(out.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(dropout.eval()(torch.ones(12, 5), 3), torch.ones(12, 5))
+
+
+def test_causality_and_statelessness():
+    snn = spiking(Shared().double().eval())
+    fired: dict[str, torch.Tensor] = {}
+    for name, lif in snn.lifs.items():
+        lif.register_forward_hook(lambda _m, _i, out, name=name: fired.__setitem__(name, out))
+    images = IMAGES.double()
+    five = snn(images, steps=5)
+    first_of_five = {name: spikes[:8] for name, spikes in fired.items()}
+    snn(images, steps=1)
+    assert all(torch.equal(fired[name], first_of_five[name]) for name in fired)
+    assert torch.equal(snn(images, steps=5), five)
+    order = torch.randperm(8)
+    torch.testing.assert_close(snn(images[order], steps=5), five[order])
+
+
+def test_what_nothing_has_spiked_into_is_computed_once():
+    snn, rows = spiking(nets.build("vgg-mini", classes=3, size=16).eval()), []
+    snn.get_submodule("conv1").register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
+    snn.get_submodule("conv2").register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
+    snn(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), steps=5)
+    assert rows == [2, 10]
+
+
+class Gate(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Two(nn.Module):
+    def forward(self, x, y):
+        return F.relu(x) + y
+
+
+def around(module: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), module, nn.Flatten(), nn.LazyLinear(2))
+
+
+@pytest.mark.parametrize(
+    ("cnn", "options", "message"),
+    [
+        (around(nn.SiLU()), {}, "SiLU 2 has no spiking form"),
+        (around(nn.ReLU6()), {}, "ReLU6 2 has no spiking form"),
+        (around(Gate()), {}, "sigmoid .*has no spiking form"),
+        (around(nn.LayerNorm(6)), {}, "LayerNorm 2 has no spiking form"),
+        (around(Branch()), {}, "cannot be traced, because what it does depends on the data"),
+        (Two(), {}, "takes 2 inputs"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), {}, "nothing would spike"),
+        (around(nn.BatchNorm2d(4)), {"norm": "none"}, '2 is a batch norm, but norm="none"'),
+        (around(nn.BatchNorm2d(4)), {"norm": "fold"}, "2 does not directly follow a convolution"),
+        (around(nn.Identity()), {"norm": "maybe"}, "norm must be"),
+        (around(nn.Identity()), {"readout": "max"}, "readout must be"),
+        (around(nn.Identity()), {"height": "half"}, "height must be"),
+    ],
+)
+def test_what_does_not_convert_is_refused_by_name(cnn, options, message):
+    with pytest.raises(ValueError, match=message):
+        spiking(cnn, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"percentile": 101}, "percentile must be in"),
+        ({"scale": 0}, "scale must be greater than 0"),
+    ],
+)
+def test_calibration_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        to_spiking(Shared(), IMAGES, **options)
+
+
+def test_calling_with_no_steps_is_refused():
+    snn = spiking(Shared())
+    for steps in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="steps must be a whole number of timesteps"):
+            snn(IMAGES, steps=steps)
+
+
+def test_a_successful_conversion_is_silent(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        snn = to_spiking(Shared(), IMAGES)
+    assert capsys.readouterr() == ("", "")
+    assert all(isinstance(lif, LIF) for lif in snn.lifs.values())

@@ -1,0 +1,182 @@
+"""Training: the whole ladder; a run that was stopped anywhere and goes on is the run that was never stopped."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unitstep import Recipe, Run, Stage, ladder, load, measure_run, recipe, runs, train
+from unitstep.ladder import Progress, learning_rate
+
+
+def small(*steps: int, **changes: object) -> Recipe:
+    """A ladder of a few optimiser steps per stage on fashion-mini."""
+    shipped = recipe("fashion-mini", calibration_images=128)
+    cnn, last = shipped.stages[0], shipped.stages[-1]
+    stages = (replace(cnn, epochs=0.2, batch=64), *(replace(last, steps=t, epochs=0.07, batch=64) for t in steps))
+    return replace(shipped, **{"stages": stages, "dropout": 0.1, **changes})  # type: ignore[arg-type]
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    """All weights of all finished stages."""
+    return {f"{s.stage.name}.{key}": tensor for s in run.stages for key, tensor in load_file(s.path).items()}
+
+
+def assert_same(run: Run, other: Run) -> None:
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(small(2, 1), tmp_path_factory.mktemp("unbroken"))
+
+
+def test_whole_ladder_learns_and_is_measured(tmp_path):
+    run = train(recipe("fashion-mini", stages=small(5, 4, 3, 2, 1).stages), tmp_path)
+    assert [stage.stage.name for stage in run.stages] == ["cnn", "t5", "t4", "t3", "t2", "t1"]
+    result = measure_run(run)
+    assert result == run.measurement
+    assert [row["steps"] for row in result["stages"]] == [None, 5, 4, 3, 2, 1]
+    assert result["stages"][-1]["test_accuracy"] > 25  # ten classes, a few optimiser steps
+    assert load(run, steps=1)(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), steps=1).shape == (2, 10)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_loss_trajectory_is_the_recorded_one(unbroken):
+    losses = [row["loss"] for row in unbroken.log]
+    assert losses == pytest.approx(GOLDEN, abs=0.05)
+
+
+GOLDEN = [1.40745, 1.44608, 1.63094]  # of the CNN, T=2, T=1, printed by the test on torch 2.13, CPU
+
+
+def test_the_same_command_again_trains_nothing(unbroken):
+    before = weights(unbroken)
+    seen: list[Progress] = []
+    again = train(small(2, 1), unbroken.path, progress=seen.append)
+    assert seen == []
+    assert weights(again).keys() == before.keys()
+
+
+@pytest.mark.parametrize(("index", "step"), [(0, 5), (1, 2), (2, 1)])
+def test_killed_anywhere_and_resumed_is_the_unbroken_run(unbroken, tmp_path, index, step):
+    program = f"""
+import os, signal, torch
+from unitstep import ladder
+from tests.test_ladder import small
+torch.set_num_threads(1)
+ladder.CHECKPOINT_SECONDS = 0.0
+def kill(p):
+    if (p.index, p.step) == ({index}, {step}):
+        os.kill(os.getpid(), signal.SIGKILL)
+ladder.train(small(2, 1), {str(tmp_path)!r}, progress=kill)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (step == 1) == (runs.Run(tmp_path).state_index() is None)
+    assert_same(train(small(2, 1), tmp_path), unbroken)
+
+
+def test_sigint_saves_the_state_and_the_run_goes_on(unbroken, tmp_path):
+    def interrupt(now: Progress) -> None:
+        if (now.index, now.step) == (1, 3):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small(2, 1), tmp_path, progress=interrupt)
+    assert Run(tmp_path).state_index() == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed: list[Progress] = []
+    assert_same(train(small(2, 1), tmp_path, progress=resumed.append), unbroken)
+    assert (resumed[0].index, resumed[0].step) == (1, 4)
+
+
+def test_time_limit_stops_with_a_saved_state(unbroken, tmp_path):
+    calls = 0
+    while len((run := train(small(2, 1), tmp_path, time_limit=0.0)).stages) < 3:
+        calls += 1
+        assert calls < 40
+    assert calls > 3
+    assert_same(run, unbroken)
+
+
+def test_max_loss_ends_the_ladder(tmp_path):
+    run = train(small(2, 1), tmp_path, max_loss=-100.0)
+    assert [stage.stage.name for stage in run.stages] == ["cnn", "t2"] or len(run.stages) == 1
+
+
+def test_nan_loss_names_stage_and_step_and_keeps_the_last_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "CHECKPOINT_SECONDS", 0.0)
+    wild = small(1)
+    wild = replace(wild, stages=(wild.stages[0], replace(wild.stages[1], lr=1e30, optimizer="sgd", warmup=0.0)))
+    with pytest.raises(FloatingPointError, match=r"stage t1 at step \d of 5.*stages\.1\.lr"):
+        train(wild, tmp_path)
+    run = Run(tmp_path)
+    assert len(run.stages) == 1
+    if run.state_path.exists():
+        state, _ = run.load(run.state_path, 1)
+        assert all(tensor.isfinite().all() for name, tensor in state.items() if name.startswith("model."))
+
+
+def test_disk_full_keeps_the_old_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "CHECKPOINT_SECONDS", 0.0)
+    real, count = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(small(1), tmp_path)
+    monkeypatch.setattr(os, "fsync", real)
+    assert Run(tmp_path).state_index() == 0
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+    assert len(train(small(1), tmp_path).stages) == 2
+
+
+def test_a_dead_layer_is_named(tmp_path):
+    dead = small(1, scale=1e6)
+    with pytest.warns(UserWarning, match="layer relu1 emits no spike"):
+        train(dead, tmp_path)
+
+
+def test_cuda_asked_for_and_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"no CUDA device is available here.*--device cpu"):
+        train(small(1), tmp_path, device="cuda")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_learning_rate_schedules():
+    falling = Stage(1, 1, 1.0, warmup=0.25)
+    assert [learning_rate(falling, step, 8) for step in range(8)] == pytest.approx(
+        [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    )
+    stairs = Stage(1, 1, 1.0, milestones=(0.5, 0.75), factor=10)
+    assert [learning_rate(stairs, step, 4) for step in range(4)] == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_accumulated_parts_give_the_gradient_of_the_batch(tmp_path):
+    whole = replace(small(), norm="none", dropout=0.0)
+    cut = replace(whole, stages=(replace(whole.stages[0], accumulate=4),))
+    a, b = weights(train(whole, tmp_path / "a")), weights(train(cut, tmp_path / "b"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
+
+
+def test_thresholds_and_leaks_stay_in_range(unbroken):
+    for row in unbroken.log:
+        assert all(value > 0 for value in row.get("thresholds", []))
+        assert all(0 < value <= 1 for value in row.get("leaks", []))

@@ -1,0 +1,61 @@
+"""Measuring: the counts are right, and a run's evidence lands in measure.json."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_ladder import small
+from unitstep import Run, measure, measure_run, train
+from unitstep.conversion import spiking
+from unitstep.measurement import wilson
+from unitstep.runs import open_run
+
+
+def test_rates_dead_and_saturated_neurons_of_a_net_counted_by_hand():
+    """Four neurons with the currents 3x, x, 0.4x and −x, threshold 1, T = 2."""
+    cnn = nn.Sequential(nn.Flatten(), nn.Linear(1, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        cnn[1].weight.copy_(torch.tensor([[3.0], [1.0], [0.4], [-1.0]]))
+        cnn[3].weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]))
+    batches = [(torch.ones(3, 1, 1, 1), torch.tensor([0, 0, 1]))]
+    found = measure(spiking(cnn.eval(), height="unit"), batches, steps=2, device="cpu")
+    (layer,) = found.layers
+    # x = 1: current 3 fires at both steps; 1 is a tie and then 2 > 1 fires once; 0.4 reaches 0.8; −1 never fires
+    assert (layer.neurons, layer.rate, layer.dead, layer.saturated) == (4, 3 / 4, 2 / 4, 1 / 4)
+    assert found.spikes_per_neuron == 3 / 4
+    assert found.accuracy == pytest.approx(200 / 3)
+    assert found.images == 3
+
+
+def test_wilson_interval():
+    low, high = wilson(9000, 10000)
+    assert (low, high) == pytest.approx((89.396, 90.573), abs=0.01)
+    assert wilson(10, 10)[1] == pytest.approx(100)
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match="no images to measure"):
+        measure(nn.Linear(1, 1), [], steps=None, device="cpu")
+
+
+def test_a_run_without_stages_and_one_of_other_classes(tmp_path):
+    run = open_run(tmp_path / "empty", small(1))
+    with pytest.raises(ValueError, match="no finished stage to measure"):
+        measure_run(run)
+
+
+def test_measure_json(tmp_path):
+    run = train(small(1), tmp_path)
+    result = measure_run(run)
+    assert Run(tmp_path).measurement == result
+    assert {"schema", "recipe", "data", "machine", "stages", "versions", "commit", "trained"} <= result.keys()
+    cnn, last = result["stages"]
+    keys = {"index", "name", "steps", "val_accuracy", "test_accuracy", "test_interval", "spikes_per_neuron", "seconds"}
+    assert keys <= cnn.keys()
+    assert cnn["spikes_per_neuron"] is None
+    assert cnn["layers"] == []
+    assert [layer["name"] for layer in last["layers"]] == ["relu1", "relu2", "relu3", "relu4"]
+    assert {"threshold", "leak", "rate", "dead", "saturated"} <= last["layers"][0].keys()
+    assert last["test_images"] == 1000
+    low, high = last["test_interval"]
+    assert low < last["test_accuracy"] < high

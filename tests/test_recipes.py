@@ -1,0 +1,108 @@
+"""Recipes: plain data that survives JSON, is checked, and can be compared."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from unitstep.recipes import RECIPES, Recipe, Stage, differences, recipe, recipe_from_dict
+
+ISSUED = (
+    "fashion-mini fashion-mnist cifar10-quick cifar10-vgg6 cifar10-vgg16 cifar10-resnet20 "
+    "cifar100-vgg16 cifar100-resnet20"
+)
+PAPER = "cifar10-vgg6 cifar10-vgg16 cifar10-resnet20 cifar100-vgg16 cifar100-resnet20 imagenet-vgg16"
+
+
+def test_shipped_recipes():
+    assert set(RECIPES) == {*ISSUED.split(), *(f"{name}-paper" for name in PAPER.split())}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_json_and_takes_the_ladder(name):
+    shipped = RECIPES[name]
+    assert recipe_from_dict(json.loads(json.dumps(shipped.to_dict()))) == shipped
+    assert [stage.steps for stage in shipped.stages] == [None, 5, 4, 3, 2, 1]
+    assert shipped.name == name
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("-paper")])
+def test_paper_recipes_use_the_papers_choices(name):
+    r = RECIPES[name]
+    assert (r.height, r.readout, r.percentile, r.scale, r.initial, r.calibration_steps) == (
+        "unit",
+        "sum",
+        90,
+        1,
+        0,
+        500,
+    )
+    assert r.norm in ("none", "fold")
+    assert {(stage.optimizer, stage.weight_decay) for stage in r.stages[1:]} == {("adam-amsgrad", 0.0)}
+    assert (r.stages[0].optimizer, r.stages[0].lr, r.stages[0].weight_decay) == ("sgd", 0.01, 5e-4)
+
+
+def test_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"no recipe named 'cifar-vgg16'; did you mean .*cifar10-vgg16"):
+        recipe("cifar-vgg16")
+    with pytest.raises(ValueError, match="there are: fashion-mini"):
+        recipe("zzzzzz")
+
+
+def test_differences_name_the_field():
+    one = recipe("fashion-mini")
+    other = replace(one, seed=3, stages=(replace(one.stages[0], epochs=99.0), *one.stages[1:]))
+    assert differences(one, other) == [f"stages.0.epochs: {one.stages[0].epochs} → 99.0", "seed: 0 → 3"]
+    assert differences(one, recipe("fashion-mini")) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("colour", 1, "unknown fields .'colour'"),
+        ("seed", "one", "recipe.seed: 'one' is not"),
+        ("norm", "sometimes", "recipe.norm: 'sometimes' is not"),
+        ("stages", [{"steps": 1}], "missing 2 required positional arguments"),
+        ("stages", [], "the first stage of a recipe, and no other, is the CNN"),
+    ],
+)
+def test_wrong_fields_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_from_dict({**recipe("fashion-mini").to_dict(), field: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps of 1 or more"),
+        ({"epochs": 0}, "epochs must be greater than 0"),
+        ({"lr": -1.0}, "lr must be greater than 0"),
+        ({"batch": 10, "accumulate": 3}, "cannot be cut into 3 equal parts"),
+        ({"warmup": 1.0}, "shares from 0 to 1"),
+        ({"optimizer": "lion"}, "no optimizer named 'lion'"),
+    ],
+)
+def test_wrong_stages_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(**{"steps": 1, "epochs": 1, "lr": 0.1, **arguments})
+
+
+def test_wrong_ladders_are_refused():
+    cnn, spiking = Stage(None, 1, 0.1), Stage(1, 1, 0.1)
+    for stages, message in [
+        ((spiking,), "is the CNN"),
+        ((cnn, cnn), "is the CNN"),
+        ((cnn, spiking, spiking), "same number"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Recipe("mine", "fashion-mini", "vgg-mini", stages)
+
+
+@pytest.mark.parametrize("module", ["unitstep", "unitstep.recipes", "unitstep.cli"])
+def test_importing_is_light(module):
+    heavy = "{'torch', 'numpy', 'datasets', 'pandas', 'tyro', 'rich'}"
+    program = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"

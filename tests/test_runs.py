@@ -1,0 +1,113 @@
+"""The run folder: whole files, and nothing foreign or damaged is ever loaded."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.test_ladder import small
+from unitstep import Run, load, train
+from unitstep.runs import locked, open_run, write_whole
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """A run with a CNN and T=1."""
+    return train(small(1), tmp_path / "run")
+
+
+def test_another_recipe_is_refused_with_the_difference(tmp_path):
+    open_run(tmp_path, small(1))
+    with pytest.raises(ValueError, match=r"made by another recipe.*\n  seed: 0 → 7"):
+        open_run(tmp_path, replace(small(1), seed=7))
+
+
+def test_truncated_and_foreign_files_are_named_and_left_alone(run):
+    path = run.stage_path(1)
+    whole = path.read_bytes()
+    for content in (whole[:-100], whole[:20], b"", pickle.dumps({"weights": 1})):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"1-t1\.safetensors is damaged"):
+            load(run)
+        with pytest.raises(ValueError, match=r"1-t1\.safetensors is damaged"):
+            train(small(1), run.path)
+        assert path.read_bytes() == content
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="was not written by unitstep"):
+        load(run)
+    path.write_bytes(run.stage_path(0).read_bytes())
+    with pytest.raises(ValueError, match="does not belong to this run and stage"):
+        load(run)
+
+
+def test_a_state_of_another_run_is_refused(run, tmp_path):
+    other = open_run(tmp_path / "other", replace(small(1), seed=1))
+    run.save(other.state_path, {"model.x": torch.zeros(1)}, 0, step=1)
+    with pytest.raises(ValueError, match=r"state\.safetensors does not belong"):
+        train(other.recipe, other.path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"recipe": {"name": 1}}'])
+def test_a_damaged_recipe_is_named(tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(ValueError, match=r"recipe\.json is (damaged|not the recipe)"):
+        Run(tmp_path)
+
+
+def test_a_damaged_log_is_named(run):
+    (run.path / "log.jsonl").write_text('{"stage": 0')
+    with pytest.raises(ValueError, match=r"log\.jsonl is damaged"):
+        _ = run.log
+
+
+def test_not_a_run_folder(tmp_path):
+    with pytest.raises(ValueError, match="is not a run folder"):
+        Run(tmp_path / "nothing")
+    (tmp_path / "state.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match=r"has no recipe.json but holds state\.safetensors"):
+        open_run(tmp_path, small(1))
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to the run folder"):
+        open_run(tmp_path / "file" / "run", small(1))
+
+
+def test_no_such_stage(run):
+    with pytest.raises(ValueError, match=r"no stage of 3 timesteps; its ladder is 1"):
+        load(run, steps=3)
+    run.stage_path(1).unlink()
+    with pytest.raises(ValueError, match=r"stage t1 of .* is not trained yet"):
+        load(run)
+
+
+def test_a_second_process_is_refused(tmp_path):
+    run = open_run(tmp_path, small(1))
+    with locked(run), pytest.raises(ValueError, match="another process is at work"), locked(run):
+        pass
+    with locked(run):
+        pass
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_provenance_is_recorded(run):
+    about = json.loads((run.path / "recipe.json").read_text())
+    assert about["versions"]["torch"] == torch.__version__
+    assert {"machine", "commit", "precision", "device"} <= about.keys()
