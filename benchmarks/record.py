@@ -20,7 +20,7 @@ RECORDS = Path(__file__).parent / "records"
 
 
 def record(runs: list[Run]) -> dict[str, Any]:
-    """Runs of one recipe → one record. ValueError if one is not measured or the recipes differ in more than the seed."""
+    """Runs of one recipe → one record. ValueError if one is not measured or recipes differ in more than the seed."""
     measured = []
     for run in runs:
         if run.measurement is None:

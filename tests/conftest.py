@@ -4,9 +4,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from unitstep import Run
 
 CACHE = tempfile.mkdtemp(prefix="unitstep-tests-")
 os.environ["HF_HOME"] = CACHE  # before anything imports datasets, which reads it once
@@ -27,3 +31,12 @@ def data_folder() -> Path:
     if not all((folder / name).is_dir() for name in ("cifar10", "fashion_mnist")):
         pytest.skip(f"no cifar10/ and fashion_mnist/ in {folder}: set UNITSTEP_DATA to the folder that holds them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> "Run":
+    """A run of CNN, T=2 and T=1 that nothing interrupted. Not to be changed: copy it."""
+    from tests.small import small
+    from unitstep import train
+
+    return train(small(2, 1), tmp_path_factory.mktemp("unbroken"))

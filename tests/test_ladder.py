@@ -6,21 +6,16 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from unitstep import Recipe, Run, Stage, ladder, load, measure_run, recipe, runs, train
+from tests.small import small
+from tests.test_data import write_images
+from unitstep import Run, Stage, ladder, load, measure_run, recipe, runs, train
 from unitstep.ladder import Progress, learning_rate
-
-
-def small(*steps: int, **changes: object) -> Recipe:
-    """A ladder of a few optimiser steps per stage on fashion-mini."""
-    shipped = recipe("fashion-mini", calibration_images=128)
-    cnn, last = shipped.stages[0], shipped.stages[-1]
-    stages = (replace(cnn, epochs=0.2, batch=64), *(replace(last, steps=t, epochs=0.07, batch=64) for t in steps))
-    return replace(shipped, **{"stages": stages, "dropout": 0.1, **changes})  # type: ignore[arg-type]
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -32,11 +27,6 @@ def assert_same(run: Run, other: Run) -> None:
     ours, theirs = weights(run), weights(other)
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(small(2, 1), tmp_path_factory.mktemp("unbroken"))
 
 
 def test_whole_ladder_learns_and_is_measured(tmp_path):
@@ -71,7 +61,7 @@ def test_killed_anywhere_and_resumed_is_the_unbroken_run(unbroken, tmp_path, ind
     program = f"""
 import os, signal, torch
 from unitstep import ladder
-from tests.test_ladder import small
+from tests.small import small
 torch.set_num_threads(1)
 ladder.CHECKPOINT_SECONDS = 0.0
 def kill(p):
@@ -150,6 +140,37 @@ def test_a_dead_layer_is_named(tmp_path):
     dead = small(1, scale=1e6)
     with pytest.warns(UserWarning, match="layer relu1 emits no spike"):
         train(dead, tmp_path)
+
+
+def test_streamed_photos_go_down_the_ladder(tmp_path):
+    """Large JPEGs, decoded and cropped by workers; resumed in the middle of an epoch."""
+    photos = write_images(tmp_path / "photos", train=60, test=6, size=(320, 240))
+    cnn, last = small(1).stages
+    stages = (replace(cnn, epochs=1, batch=16), replace(last, epochs=1, batch=16))
+    streamed = replace(small(1), data=photos, augment="resized-crop-flip", channels=3, stages=stages)
+    whole = train(streamed, tmp_path / "whole")
+    while len((run := train(streamed, tmp_path / "cut", time_limit=0.0)).stages) < 2:
+        pass
+    assert_same(run, whole)
+    assert measure_run(run)["stages"][-1]["test_images"] == 12
+
+
+def test_unreadable_images_are_named(tmp_path):
+    photos = Path(write_images(tmp_path / "photos", train=30, test=3))
+    broken = next((photos / "train").glob("*/*.jpg"))
+    broken.write_bytes(b"not a picture")
+    mine = replace(small(1), data=str(photos), channels=3)
+    with pytest.raises(ValueError, match=broken.name):
+        train(mine, tmp_path / "run")
+    with pytest.warns(UserWarning, match=f"1 unreadable images were left out: .*{broken.name}"):
+        assert len(train(mine, tmp_path / "run", bad_images="skip").stages) == 2
+
+
+def test_a_run_goes_on_in_the_precision_it_was_begun_in(unbroken):
+    if not ladder._bf16_works():
+        pytest.skip("bf16 matrix products crash on this processor")
+    with pytest.raises(ValueError, match="was begun in fp32"):
+        train(small(2, 1), unbroken.path, precision="bf16")
 
 
 def test_cuda_asked_for_and_absent(tmp_path, monkeypatch):

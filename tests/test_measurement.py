@@ -1,11 +1,13 @@
 """Measuring: the counts are right, and a run's evidence lands in measure.json."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
-from tests.test_ladder import small
-from unitstep import Run, measure, measure_run, train
+from tests.small import small
+from unitstep import Run, measure, measure_run
 from unitstep.conversion import spiking
 from unitstep.measurement import wilson
 from unitstep.runs import open_run
@@ -44,12 +46,12 @@ def test_a_run_without_stages_and_one_of_other_classes(tmp_path):
         measure_run(run)
 
 
-def test_measure_json(tmp_path):
-    run = train(small(1), tmp_path)
+def test_measure_json(unbroken, tmp_path):
+    run = Run(shutil.copytree(unbroken.path, tmp_path / "run"))
     result = measure_run(run)
-    assert Run(tmp_path).measurement == result
+    assert run.measurement == result
     assert {"schema", "recipe", "data", "machine", "stages", "versions", "commit", "trained"} <= result.keys()
-    cnn, last = result["stages"]
+    cnn, _, last = result["stages"]
     keys = {"index", "name", "steps", "val_accuracy", "test_accuracy", "test_interval", "spikes_per_neuron", "seconds"}
     assert keys <= cnn.keys()
     assert cnn["spikes_per_neuron"] is None

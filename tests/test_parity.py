@@ -3,9 +3,9 @@
 snnTorch 1.0.0, `Leaky`
   * `reset_delay=True`, the default, subtracts the threshold one step later, after the leak: λU − V, not λ(U − V). The
     same at λ = 1 only.
-  * `reset_delay=False` resets in the same step, but decides about a membrane from which it has subtracted V once more if
-    the soft reset left it above V. Such a neuron falls silent and never recovers. The same as ours as long as no
-    membrane is left above V. The s of this reset is differentiated, so gradients differ as soon as T > 1.
+  * `reset_delay=False` resets in the same step, but if a membrane is left above V it decides about U − V at the next:
+    such a neuron can fall silent with its membrane above V for good. The same as ours as long as no membrane is left
+    above V. The s of this reset is differentiated, so gradients differ as soon as T > 1.
   * Without a reset of its own (`"none"`), and ours between the calls, it is our neuron, for gradients too.
   * The surrogate is a function of U − V, in the unit of the current; ours of z = U/V − 1. `learn_threshold=True` can
     therefore not give ∂z/∂V = −U/V². But V can be moved into the current: I/V against a threshold of 1.
@@ -110,6 +110,12 @@ def test_snntorch_with_its_reset_in_the_same_step(leaky: Any, steps: int) -> Non
     leak = 0.5
     neuron = leaky(leak=leak, reset_mechanism="subtract", reset_delay=False)
     assert torch.equal(LIF(V, leak)(current, steps), run_leaky(neuron, current))
+
+
+def test_snntorch_differentiates_the_spike_of_that_reset(leaky: Any) -> None:
+    current, same = currents(2, most=V).requires_grad_(), currents(2, most=V).requires_grad_()
+    theirs = run_leaky(leaky(reset_mechanism="subtract", reset_delay=False), same)
+    assert not torch.allclose(gradients(LIF(V)(current, 2), current)[0], gradients(theirs, same)[0])
 
 
 @pytest.mark.parametrize("steps", STEPS)

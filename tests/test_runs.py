@@ -2,21 +2,22 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.test_ladder import small
+from tests.small import small
 from unitstep import Run, load, train
 from unitstep.runs import locked, open_run, write_whole
 
 
 @pytest.fixture
-def run(tmp_path) -> Run:
-    """A run with a CNN and T=1."""
-    return train(small(1), tmp_path / "run")
+def run(unbroken, tmp_path) -> Run:
+    """A run of CNN, T=2 and T=1 to play with."""
+    return Run(shutil.copytree(unbroken.path, tmp_path / "run"))
 
 
 def test_another_recipe_is_refused_with_the_difference(tmp_path):
@@ -26,14 +27,14 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path):
 
 
 def test_truncated_and_foreign_files_are_named_and_left_alone(run):
-    path = run.stage_path(1)
+    path = run.stage_path(2)
     whole = path.read_bytes()
     for content in (whole[:-100], whole[:20], b"", pickle.dumps({"weights": 1})):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"1-t1\.safetensors is damaged"):
+        with pytest.raises(ValueError, match=r"2-t1\.safetensors is damaged"):
             load(run)
-        with pytest.raises(ValueError, match=r"1-t1\.safetensors is damaged"):
-            train(small(1), run.path)
+        with pytest.raises(ValueError, match=r"2-t1\.safetensors is damaged"):
+            train(small(2, 1), run.path)
         assert path.read_bytes() == content
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="was not written by unitstep"):
@@ -78,9 +79,9 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 
 def test_no_such_stage(run):
-    with pytest.raises(ValueError, match=r"no stage of 3 timesteps; its ladder is 1"):
+    with pytest.raises(ValueError, match=r"no stage of 3 timesteps; its ladder is 2, 1"):
         load(run, steps=3)
-    run.stage_path(1).unlink()
+    run.stage_path(2).unlink()
     with pytest.raises(ValueError, match=r"stage t1 of .* is not trained yet"):
         load(run)
 

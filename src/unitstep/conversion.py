@@ -378,10 +378,12 @@ class _Sweep(fx.Interpreter):  # type: ignore[misc,unused-ignore]
             return super().call_module(target, args, kwargs)
         current, steps = args
         flat = current.flatten(1).unflatten(0, (1 if kwargs.get("static") else steps, -1))
-        V, left = lif.threshold, self.left.get(target, lif.initial * lif.threshold if lif.initial else None)
+        precision = torch.promote_types(current.dtype, torch.float32)
+        V, leak = lif.threshold.to(precision), lif.leak.to(precision)
+        left = self.left.get(target, lif.initial * V if lif.initial else None)
         spikes = []
-        for _, membrane, fires in membranes(flat, V, lif.leak, steps, left):
-            spikes.append(fires * (V if lif.height == "threshold" else 1.0))
+        for _, membrane, fires in membranes(flat, V, leak, steps, left):
+            spikes.append((fires * (V if lif.height == "threshold" else 1.0)).to(current.dtype))
             self.left[target] = membrane - V * fires
             if fires.any():
                 self.alive.add(target.removeprefix("neurons."))

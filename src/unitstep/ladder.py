@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,17 +96,22 @@ def train(
     """
     started = time.monotonic()
     where = choose_device(device)
-    amp = _precision(precision, where)
     if data is not None:
         recipe = replace(recipe, data=data)
+    if precision == "auto" and (Path(out) / "recipe.json").exists():
+        precision = Run(out).about.get("precision", "auto")  # a run goes on as it was begun
+    amp = _precision(precision, where)
     run = open_run(out, recipe, precision="bf16" if amp else "fp32", device=where.type)
+    if (begun := run.about.get("precision")) != ("bf16" if amp else "fp32"):
+        raise ValueError(f"{run.path} was begun in {begun} and goes on only so: leave --precision at auto")
     limit = math.inf if time_limit is None else started + 60 * time_limit
     with locked(run), _sigint() as interrupted:
         train_split, val_split = load_train(
             recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
         )
-        if recipe.augment != "resized-crop-flip":
-            train_split, val_split = train_split.to(where), val_split.to(where)
+        if skipped := [*train_split.skipped, *val_split.skipped]:
+            warnings.warn(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}", stacklevel=2)
+        train_split, val_split = train_split.to(where), val_split.to(where)
         reference: float | None = None
         for index, stage in enumerate(recipe.stages):
             if not run.stage_path(index).exists():
