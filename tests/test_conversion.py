@@ -171,6 +171,15 @@ class Two(nn.Module):
         return F.relu(x) + y
 
 
+class Joins(nn.Module):
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.join = join
+
+    def forward(self, x):
+        return self.join(x)
+
+
 def around(module: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), module, nn.Flatten(), nn.LazyLinear(2))
 
@@ -184,6 +193,10 @@ def around(module: nn.Module) -> nn.Module:
         (around(nn.LayerNorm(6)), {}, "LayerNorm 2 has no spiking form"),
         (around(Branch()), {}, "cannot be traced, because what it does depends on the data"),
         (Two(), {}, "takes 2 inputs"),
+        (around(Joins(lambda x: torch.cat([x, x]))), {}, "cat joins or cuts the first dimension"),
+        (around(Joins(lambda x: x[0])), {}, "getitem joins or cuts the first dimension"),
+        (around(Joins(torch.flatten)), {}, "flatten joins or cuts the first dimension"),
+        (around(Joins(lambda x: x.flatten())), {}, "flatten joins or cuts the first dimension"),
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), {}, "nothing would spike"),
         (around(nn.BatchNorm2d(4)), {"norm": "none"}, '2 is a batch norm, but norm="none"'),
         (around(nn.BatchNorm2d(4)), {"norm": "fold"}, "2 does not directly follow a convolution"),

@@ -107,10 +107,10 @@ def test_nan_loss_names_stage_and_step_and_keeps_the_last_state(tmp_path, monkey
     monkeypatch.setattr(ladder, "CHECKPOINT_SECONDS", 0.0)
     wild = small(1)
     wild = replace(wild, stages=(wild.stages[0], replace(wild.stages[1], lr=1e30, optimizer="sgd", warmup=0.0)))
-    with pytest.raises(FloatingPointError, match=r"stage t1 at step \d of 5.*stages\.1\.lr"):
+    with pytest.raises(FloatingPointError, match=r"not finite in stage t1 at step [12] of 5.*--stages\.1\.lr"):
         train(wild, tmp_path)
     run = Run(tmp_path)
-    assert len(run.stages) == 1
+    assert [stage.stage.name for stage in run.stages] == ["cnn"]
     if run.state_path.exists():
         state, _ = run.load(run.state_path, 1)
         assert all(tensor.isfinite().all() for name, tensor in state.items() if name.startswith("model."))

@@ -197,6 +197,24 @@ def _is_kept(node: fx.Node, module: nn.Module | None) -> bool:
     )
 
 
+def _mixes_images(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation joins or cuts the batch dimension, which also holds the timesteps."""
+
+    def argument(name: str, position: int, default: Any) -> Any:
+        return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
+
+    if node.target is torch.cat:
+        return bool(argument("dim", 1, 0) == 0)
+    if node.target in (torch.flatten, "flatten"):
+        return bool(argument("start_dim", 1, 0) == 0)
+    if node.target is operator.getitem:
+        index: Any = node.args[1]
+        first = index[0] if isinstance(index, tuple) else index
+        source = node.all_input_nodes[0]
+        return first != slice(None) and source.target not in ("size", getattr)  # a size, not an image
+    return isinstance(module, nn.Flatten) and module.start_dim == 0
+
+
 def _insert_neurons(net: nn.Module, graph: fx.Graph, height: Height, initial: float, readout: Readout) -> None:
     """Rewrite `graph` in place: it takes (images, steps); `spiked` are the nodes whose values have a time axis."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -258,6 +276,11 @@ def _insert_neurons(net: nn.Module, graph: fx.Graph, height: Height, initial: fl
                 "concatenation, or leave it out"
             )
         elif sources:
+            if _mixes_images(node, module):
+                raise ValueError(
+                    f"{node.name} joins or cuts the first dimension, which holds images and timesteps: write it so "
+                    "that it acts on each image alone, e.g. torch.flatten(x, 1), torch.cat(parts, 1)"
+                )
             spiked.add(node)
             for source in node.all_input_nodes:
                 if source not in spiked:

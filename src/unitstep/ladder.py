@@ -227,29 +227,29 @@ class _Fit:
             loss.backward()
             total += loss.detach()
         self.losses.append(total)
-        if self.device.type == "cpu":
-            self._check_losses()
+        self.step += 1
+        if self.device.type == "cpu" and not total.isfinite():
+            self._check_finite()
         self.optimizer.step()
         clamp_(self.net)
-        self.step += 1
 
-    def _check_losses(self) -> float:
-        """The mean loss of the epoch so far. FloatingPointError, naming the first step, if one is not finite; the
-        state on disk is from before it."""
-        losses = torch.stack(self.losses).cpu()
-        if not losses.isfinite().all():
-            first = self.step - len(losses) + int((~losses.isfinite()).nonzero()[0]) + 1
+    def _check_finite(self) -> None:
+        """FloatingPointError, naming the first bad step, if a loss of this epoch or a weight is not finite. Checked
+        before anything is written, so the files are from before it."""
+        bad = [not math.isfinite(loss) for loss in torch.stack(self.losses).tolist()] if self.losses else []
+        weights = all(parameter.isfinite().all() for parameter in self.net.parameters())
+        if any(bad) or not weights:
+            step = self.step - len(bad) + bad.index(True) + 1 if any(bad) else self.step
             raise FloatingPointError(
-                f"the loss is {losses[~losses.isfinite()][0].item()} in stage {self.stage.name} at step {first} of "
-                f"{self.total}; the files in {self.run.path} "
-                f"are from before it. A lower learning rate helps most often (--stages.{self.index}.lr, now "
-                f"{self.stage.lr})"
+                f"{'the loss is' if any(bad) else 'weights are'} not finite in stage {self.stage.name} at step {step} "
+                f"of {self.total}; the files in {self.run.path} are from before it. In a new folder, a lower learning "
+                f"rate helps most often (--stages.{self.index}.lr, now {self.stage.lr})"
             )
-        return losses.mean().item()
 
     def _end_epoch(self, epoch: int) -> None:
         """Validate, keep the weights if they are the best so far (on a tie the later ones), log."""
-        loss = self._check_losses()
+        self._check_finite()
+        loss = torch.stack(self.losses).mean().item()
         self.losses = []
         val = accuracy(self.net, self.val, self.stage.steps, self.device)
         if val >= self.best_accuracy:
@@ -276,8 +276,7 @@ class _Fit:
 
     def _save_state(self) -> None:
         """Everything that the next step depends on, in one file: weights, optimiser, position, best weights so far."""
-        if self.losses:
-            self._check_losses()
+        self._check_finite()
         tensors = {f"model.{name}": tensor for name, tensor in self.net.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for number, values in self.optimizer.state_dict()["state"].items():
