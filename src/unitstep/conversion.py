@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF, Height, check_steps, membranes
@@ -148,26 +148,19 @@ def _remove_norms(net: nn.Module, graph: fx.Graph, *, fold: bool) -> None:
             )
         before = node.args[0]
         layer = _module(net, before)
-        if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear) or len(before.users) > 1:
+        foldable = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)
+        calls = [other for other in graph.nodes if other.target in (before.target, node.target)]
+        if not foldable or len(before.users) > 1 or len(calls) > 2:
             raise ValueError(
                 f"batch norm {node.target} does not directly follow a convolution or linear layer of its own: use "
                 'norm="keep"'
             )
-        fused = (
-            fuse_conv_bn_eval(layer.eval(), norm.eval())
-            if not isinstance(layer, nn.Linear)
-            else _fuse_linear(layer, norm)
-        )
-        net.set_submodule(str(before.target), fused)
+        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        fused = fuse(layer.eval(), norm.eval())  # type: ignore[type-var,arg-type,union-attr]
+        net.set_submodule(str(before.target), fused.requires_grad_())
+        net.set_submodule(str(node.target), nn.Identity())
         node.replace_all_uses_with(before)
         graph.erase_node(node)
-        net.set_submodule(str(node.target), nn.Identity())
-
-
-def _fuse_linear(layer: nn.Linear, norm: nn.Module) -> nn.Module:
-    from torch.nn.utils.fusion import fuse_linear_bn_eval
-
-    return fuse_linear_bn_eval(layer.eval(), norm.eval())  # type: ignore[arg-type]
 
 
 def _dropout(node: fx.Node, module: nn.Module | None) -> SharedDropout | None:

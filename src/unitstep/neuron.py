@@ -117,8 +117,9 @@ def _kernel(function: Any) -> Any:
 
 
 def _fused(function: Any, *args: Any) -> Any:
+    plain = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]  # a view would be compiled anew per base
     with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
-        return _kernel(function)(*args)
+        return _kernel(function)(*plain)
 
 
 class _Fire(torch.autograd.Function):
@@ -185,7 +186,7 @@ class LIF(nn.Module):
         self.height, self.initial = height, initial
 
     def forward(self, current: Tensor, steps: int = 1, *, static: bool = False) -> Tensor:
-        """Current [T·B, …], all B of step 1 first, → spikes [T·B, …], same dtype and memory format; values 0 and h.
+        """Current [T·B, …], all B of step 1 first, → spikes [T·B, …], same dtype, contiguous or, as the current, channels_last; values 0 and h.
 
         static: the current is [B, …] and the same at every step, as it is until something has spiked.
         Raises ValueError if steps < 1 or if the first dimension is not a multiple of steps.
