@@ -156,7 +156,7 @@ def _remove_norms(net: nn.Module, graph: fx.Graph, *, fold: bool) -> None:
                 'norm="keep"'
             )
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        fused = fuse(layer.eval(), norm.eval())  # type: ignore[type-var,arg-type,union-attr]
+        fused = fuse(layer.eval(), norm.eval())  # type: ignore[type-var,union-attr]
         net.set_submodule(str(before.target), fused.requires_grad_())
         net.set_submodule(str(node.target), nn.Identity())
         node.replace_all_uses_with(before)
@@ -198,13 +198,14 @@ def _mixes_images(node: fx.Node, module: nn.Module | None) -> bool:
 
     if node.target is torch.cat:
         return bool(argument("dim", 1, 0) == 0)
-    if node.target in (torch.flatten, "flatten"):
+    if node.target is torch.flatten or (node.op, node.target) == ("call_method", "flatten"):
         return bool(argument("start_dim", 1, 0) == 0)
     if node.target is operator.getitem:
         index: Any = node.args[1]
         first = index[0] if isinstance(index, tuple) else index
         source = node.all_input_nodes[0]
-        return first != slice(None) and source.target not in ("size", getattr)  # a size, not an image
+        is_size = source.target is getattr or (source.op, source.target) == ("call_method", "size")
+        return first != slice(None) and not is_size
     return isinstance(module, nn.Flatten) and module.start_dim == 0
 
 

@@ -186,7 +186,8 @@ class LIF(nn.Module):
         self.height, self.initial = height, initial
 
     def forward(self, current: Tensor, steps: int = 1, *, static: bool = False) -> Tensor:
-        """Current [T·B, …], all B of step 1 first, → spikes [T·B, …], same dtype, contiguous or, as the current, channels_last; values 0 and h.
+        """Current [T·B, …], all B of step 1 first, → spikes [T·B, …], worth 0 or h, in the current's dtype;
+        channels_last stays so.
 
         static: the current is [B, …] and the same at every step, as it is until something has spiked.
         Raises ValueError if steps < 1 or if the first dimension is not a multiple of steps.
