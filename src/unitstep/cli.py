@@ -71,18 +71,20 @@ def _say(text: str) -> None:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _recipes(arguments: list[str]) -> int:
     import tyro
-    from rich.table import Table
+    from rich.table import Column, Table
 
     def recipes() -> None:
         """List the recipes that come with unitstep."""
 
     tyro.cli(recipes, prog="unitstep recipes", args=arguments)
-    table = Table("recipe", "network", "ladder", "epochs", "norm", "run", box=None, pad_edge=False)
+    table = Table(
+        Column("recipe", no_wrap=True), "network", "ladder", "epochs", "norm", "run", box=None, pad_edge=False
+    )
     for name, shipped in RECIPES.items():
         ladder = "→".join(stage.name.removeprefix("t") for stage in shipped.stages)
         epochs = " ".join(f"{stage.epochs:g}" for stage in shipped.stages)

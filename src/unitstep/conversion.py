@@ -341,11 +341,9 @@ def calibrate_(
             norm.momentum = momentum
         for name, module in snn.named_modules():
             module.training = training[name]
-    for name in snn.lifs.keys() - sweep.alive:
-        warnings.warn(
-            f"layer {name} emits no spike on the calibration images: a lower percentile or scale lowers its threshold",
-            stacklevel=2,
-        )
+    if dead := [name for name in snn.lifs if name not in sweep.alive]:
+        way_out = "a lower percentile or scale lowers its threshold"
+        warnings.warn(f"layer {', '.join(dead)} emits no spike on the calibration images: {way_out}", stacklevel=2)
     return snn
 
 

@@ -102,7 +102,7 @@ def train(
         precision = Run(out).about.get("precision", "auto")  # a run goes on as it was begun
     amp = _precision(precision, where)
     run = open_run(out, recipe, precision="bf16" if amp else "fp32", device=where.type)
-    if (begun := run.about.get("precision")) != ("bf16" if amp else "fp32"):
+    if (begun := run.about.get("precision", "fp32")) != ("bf16" if amp else "fp32"):
         raise ValueError(f"{run.path} was begun in {begun} and goes on only so: leave --precision at auto")
     limit = math.inf if time_limit is None else started + 60 * time_limit
     with locked(run), _sigint() as interrupted:
@@ -112,15 +112,20 @@ def train(
         if skipped := [*train_split.skipped, *val_split.skipped]:
             warnings.warn(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}", stacklevel=2)
         train_split, val_split = train_split.to(where), val_split.to(where)
+
+        def stop() -> bool:
+            return interrupted.is_set() or time.monotonic() > limit
+
         reference: float | None = None
         for index, stage in enumerate(recipe.stages):
             if not run.stage_path(index).exists():
                 fit = _Fit(run, index, train_split, val_split, where, amp, progress or (lambda _: None))
                 with compiled(_pays(compile, fit.net, stage, train_split, where)):
-                    if not fit.climb(lambda: interrupted.is_set() or time.monotonic() > limit):
-                        if interrupted.is_set():
-                            raise KeyboardInterrupt
-                        return run
+                    finished = fit.climb(stop)
+                if not finished or (index + 1 < len(recipe.stages) and stop()):
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+                    return run
             accuracy = run.finished(index).val_accuracy
             reference = accuracy if reference is None else reference
             if max_loss is not None and reference - accuracy > max_loss:
