@@ -109,12 +109,10 @@ class Run:
         dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_whole(path, save(dense, metadata={"unitstep": text}))
 
-    def load(
-        self, path: Path, index: int, device: torch.device | str = "cpu"
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def load(self, path: Path, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `save` wrote. ValueError if the file is damaged or belongs to another run or stage."""
         info = self._check(path, _read_info(path), index)
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
 
     def state_index(self) -> int | None:
