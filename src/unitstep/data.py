@@ -30,7 +30,6 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 AUGMENTATIONS = ("none", "flip", "crop-flip", "resized-crop-flip")
-PADDING = 4  # pixels on every side before a random crop of an image in memory
 EVALUATION_ZOOM = 256 / 224  # streamed evaluation: shorter side over crop side
 MANY = 10_000  # an in-memory set of at least so many images is decoded by worker processes
 WORKERS = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
@@ -130,7 +129,7 @@ class Split(ABC):
         return max(1, len(self) // _positive(size, "batch size"))
 
     def batches(
-        self, size: int, *, seed: int | None = None, start: int = 0, augment: str = "none"
+        self, size: int, *, seed: int | None = None, start: int = 0, augment: str = "none", padding: int = 4
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images uint8 [B, C, H, W], labels int64 [B]) of one pass over the split, from batch `start` on.
 
@@ -138,13 +137,16 @@ class Split(ABC):
         `steps(size)` batches; the rest of N / size is dropped, and a split smaller than a batch is one batch.
         Both are pure functions of (seed, position): starting at batch k yields what a full pass yields from there.
         The order comes from a CPU generator seeded with `mix(seed)`, so it is the same on every device.
+        padding: pixels added on each side of images in memory before "crop-flip" cuts.
 
-        Errors: ValueError for an unknown augmentation, one without a seed, or a size or start out of range.
+        Errors: ValueError for an unknown augmentation, one without a seed, or a size, start or padding out of range.
         """
         _positive(size, "batch size")
         _one_of(augment, AUGMENTATIONS, "augment")
         if seed is None and augment != "none":
             raise ValueError(f"augment={augment!r} needs a seed; batches without a seed are for evaluation")
+        if padding < 0:
+            raise ValueError(f"padding must be 0 or more pixels, not {padding}")
         if seed is None:
             order = torch.arange(len(self))
         else:
@@ -152,7 +154,7 @@ class Split(ABC):
         batches = order.split(size)
         if not 0 <= start <= len(batches):
             raise ValueError(f"start={start} is not a batch of this pass: give 0 to {len(batches)}")
-        return self._read(batches[start:], seed, start, augment)
+        return self._read(batches[start:], seed, start, augment, padding)
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Split:
@@ -160,7 +162,7 @@ class Split(ABC):
 
     @abstractmethod
     def _read(
-        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str
+        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images at each of `batches` (int64 [B], positions in the split; the first is batch `start`)."""
 
@@ -170,7 +172,7 @@ class InMemory(Split):
     """A split held as one tensor: `images` uint8 [N, C, H, W], `labels` integers [N], names of `classes`.
 
     Augmentation works on whole batches, on their device; batch k draws from a CPU generator seeded with `mix(seed, k)`.
-    "flip" mirrors each image with probability 1/2; "crop-flip" also shifts it by −4…4 pixels both ways. Pixels
+    "flip" mirrors each image with probability 1/2; "crop-flip" also shifts it by up to `padding` pixels both ways. Pixels
     are not normalised yet, so what comes in from outside has the value `fill`, by default the split's mean pixel,
     rounded (one integer for all channels). "resized-crop-flip" needs the large images: only a `Streamed` split has it.
 
@@ -202,18 +204,20 @@ class InMemory(Split):
         return InMemory(images, labels, self.classes, fill=self.fill, skipped=self.skipped)
 
     def _read(
-        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str
+        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if augment == "resized-crop-flip":
             raise ValueError(f"images in memory have no {augment!r}: load the set with augment={augment!r}")
-        return (self._batch(rows, seed, k, augment) for k, rows in enumerate(batches, start))
+        return (self._batch(rows, seed, k, augment, padding) for k, rows in enumerate(batches, start))
 
-    def _batch(self, rows: Tensor, seed: int | None, position: int, augment: str) -> tuple[Tensor, Tensor]:
+    def _batch(
+        self, rows: Tensor, seed: int | None, position: int, augment: str, padding: int
+    ) -> tuple[Tensor, Tensor]:
         rows = rows.to(self.images.device)
         images = self.images[rows]
         if seed is not None and augment != "none":
-            padding = PADDING if augment == "crop-flip" else 0
-            images = _shift_and_flip(images, padding, self.fill, _generator(seed, position))
+            by = padding if augment == "crop-flip" else 0
+            images = _shift_and_flip(images, by, self.fill, _generator(seed, position))
         return images, self.labels[rows]
 
 
@@ -257,7 +261,7 @@ class Streamed(Split):
         )
 
     def _read(
-        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str
+        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         jobs = (_Job(self._rows[positions].tolist(), seed, augment) for positions in batches)
         pin = self._device.type == "cuda"

@@ -172,7 +172,7 @@ class _Fit:
         snn = self.run.spiking(above)
         if fresh:
             size = min(recipe.calibration_images, len(self.train))
-            images, _ = next(self.train.batches(size, seed=mix(recipe.seed, self.index, -1), augment=recipe.augment))
+            images, _ = next(self._batches(size, seed=mix(recipe.seed, self.index, -1)))
             steps = recipe.calibration_steps or self.stage.steps or 1
             calibrate_(
                 snn.to(self.device),
@@ -183,6 +183,10 @@ class _Fit:
             )
         return snn
 
+    def _batches(self, size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        r = self.run.recipe
+        return self.train.batches(size, seed=seed, start=start, augment=r.augment, padding=r.padding)
+
     def climb(self, stop: Callable[[], bool]) -> bool:
         """Train until the stage is finished and its file is written, or until `stop()`: then the state is saved and
         False returned."""
@@ -192,7 +196,7 @@ class _Fit:
             while self.step < self.total:
                 epoch, position = divmod(self.step, self.per_epoch)
                 order = mix(recipe.seed, self.index, epoch)
-                batches = self.train.batches(self.stage.batch, seed=order, start=position, augment=recipe.augment)
+                batches = self._batches(self.stage.batch, seed=order, start=position)
                 clock = time.monotonic()
                 for images, labels in batches:
                     self._optimise(images, labels)
