@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "neuron": ("LIF",),
-    "conversion": ("Spiking", "to_spiking"),
+    "conversion": ("Spiking", "Report", "ConversionError"),
+    "calibration": ("to_spiking", "record"),
     "recipes": ("Recipe", "Stage", "RECIPES", "recipe"),
     "runs": ("Run", "load"),
     "ladder": ("train",),
@@ -16,12 +17,13 @@ _WHERE = {
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [  # the public API
-    "LIF", "Spiking", "to_spiking", "Recipe", "Stage", "RECIPES", "recipe",
+    "LIF", "to_spiking", "Spiking", "Report", "ConversionError", "record", "Recipe", "Stage", "RECIPES", "recipe",
     "train", "Run", "load", "Measurement", "measure", "measure_run",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from unitstep.conversion import Spiking, to_spiking
+    from unitstep.calibration import record, to_spiking
+    from unitstep.conversion import ConversionError, Report, Spiking
     from unitstep.ladder import train
     from unitstep.measurement import Measurement, measure, measure_run
     from unitstep.neuron import LIF

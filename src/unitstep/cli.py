@@ -10,10 +10,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from unitstep.recipes import RECIPES, RUN_TO_THE_END, Recipe, recipe
+from unitstep.recipes import OWN, RECIPES, RUN_TO_THE_END, Recipe, recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,8 @@ usage: unitstep VERB …      (unitstep VERB --help tells more)
 
   recipes                       list the experiments that come with unitstep
   train RECIPE --out RUN        train a CNN and take it down the ladder to one timestep, or go on with a stopped run
+  convert MODULE:FUNCTION …     make your own trained CNN the start of a run, and say what becomes of each layer
+  train --from RUN              go on with a run: the spiking stages of your own CNN, or a stopped run
   measure RUN                   evaluate every stage of a run once on the test images
 """
 
@@ -33,7 +36,9 @@ usage: unitstep VERB …      (unitstep VERB --help tells more)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
-    verbs: dict[str, Callable[[list[str]], int]] = {"recipes": _recipes, "train": _train, "measure": _measure}
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "recipes": _recipes, "train": _train, "convert": _convert, "measure": _measure,
+    }  # fmt: skip
     if verb in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
@@ -45,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in verbs:
         sys.stderr.write(f"unitstep: no verb {verb!r}\n\n{USAGE}")
         return 2
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # where a user's own network may be imported from
     try:
         with _plain_warnings():
             return verbs[verb](rest)
@@ -96,14 +103,25 @@ def _recipes(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    if not arguments or arguments[0].startswith("-"):
-        if not {"-h", "--help"} & {*arguments}:
-            _say(f"usage: unitstep train RECIPE --out RUN …\nRECIPE is one of: {', '.join(RECIPES)}")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        if not arguments:
+            _say(
+                f"usage: unitstep train RECIPE --out RUN …, or: unitstep train --from RUN\nRECIPE: {', '.join(RECIPES)}"
+            )
             return 2
         sys.stdout.write(f"RECIPE is one of: {', '.join(RECIPES)}.\nThe defaults below are those of fashion-mini.\n\n")
         arguments = ["fashion-mini", "--help"]
     name, *options = arguments
-    shipped = recipe(name)
+    if name == "--from" and options:
+        from unitstep.runs import Run
+
+        name = f"--from {options[0]}"
+        shipped, options = Run(options[0]).recipe, [*options[1:], "--out", options[0]]
+    elif name.startswith("-"):
+        _say(f"usage: unitstep train RECIPE --out RUN …, or: unitstep train --from RUN\nRECIPE: {', '.join(RECIPES)}")
+        return 2
+    else:
+        shipped = recipe(name)
 
     def train(
         out: Path,
@@ -160,6 +178,74 @@ def _train(arguments: list[str]) -> int:
         return 0
 
     return tyro.cli(train, prog=f"unitstep train {name}", args=options)
+
+
+def _convert(arguments: list[str]) -> int:
+    import tyro
+
+    if not arguments or ":" not in arguments[0]:
+        if not arguments or arguments[0] not in ("-h", "--help"):
+            _say("usage: unitstep convert MODULE:FUNCTION --weights FILE.safetensors --data IMAGES --out RUN …")
+            return 2
+        arguments = ["package.module:function", "--help"]
+    net, *options = arguments
+    own = replace(OWN, net=net)
+
+    def convert(
+        out: Path,
+        recipe: Annotated[Recipe, tyro.conf.arg(name="")] = own,
+        weights: Path | None = None,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        bad_images: Literal["refuse", "skip"] = "refuse",
+        threads: int | None = None,
+    ) -> int:
+        """Make your own trained CNN the first stage of a run, convert it, and print what became of each operation.
+
+        FUNCTION of MODULE is called without arguments and returns the CNN. Its input is (pixel − zero)·scale, set by
+        --pixel-zero and --pixel-scale for pixels from 0 to 255 (default: pixel / 255). The run's spiking stages are
+        then trained by unitstep train --from RUN.
+
+        Args:
+            out: Folder of the run; made if it is not there.
+            recipe: The experiment; its CNN is not trained.
+            weights: Safetensors file with the CNN's state dict; None: FUNCTION gives it its weights.
+            device: Where to compute; auto takes a GPU if there is one.
+            precision: Of the training to come: bf16 is mixed precision; auto uses it where the hardware has matrix
+                units for it.
+            bad_images: What to do with images that cannot be read.
+            threads: CPU threads to use; None: all cores.
+        """
+        import torch
+
+        from unitstep import ladder
+        from unitstep.calibration import record
+        from unitstep.conversion import ConversionError
+        from unitstep.drawing import draw_currents
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            made = ladder.convert(
+                recipe, out, weights=weights, device=device, precision=precision, bad_images=bad_images
+            )
+        except ConversionError as error:
+            sys.stdout.write(f"{error.report}\n")
+            raise
+        steps = made.run.recipe.stages[1].steps or 1
+        picture = made.run.path / "currents.png"
+        with record(made.snn) as spikes, torch.no_grad():
+            made.snn.eval()(made.images[:64], steps)
+        draw_currents(spikes, picture)
+        sys.stdout.write(
+            f"{made.snn.report}\n"
+            f"validation: CNN {made.cnn_accuracy:.2f} %, by conversion alone at T = {steps} {made.accuracy:.2f} %\n"
+            f"input currents against thresholds: {picture}\n"
+        )
+        _say(f"to train its spiking stages: unitstep train --from {made.run.path}")
+        return 0
+
+    return tyro.cli(convert, prog=f"unitstep convert {net}", args=options)
 
 
 def _measure(arguments: list[str]) -> int:

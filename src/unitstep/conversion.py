@@ -1,5 +1,5 @@
-"""From a CNN to a spiking network: trace it, put a neuron in the place of every ReLU call, find the thresholds. Knows
-nothing of training, data sets or files.
+"""From a CNN to the structure of a spiking network: trace it, put a neuron in the place of every ReLU call, and say
+what became of each operation. Knows nothing of thresholds' values, training, data sets or files.
 
 Time is folded into the batch: once something has spiked, values are [T·B, …] with all B of step 1 first, and the
 user's convolutions, norms, pools and additions run on them untouched. What no spike has reached yet, the stem, is the
@@ -7,9 +7,13 @@ same at every step and is computed once, as [B, …].
 """
 
 import copy
+import inspect
+import io
 import operator
-import warnings
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,25 +22,106 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from unitstep.nets import Normalize
-from unitstep.neuron import LIF, Height, check_steps, membranes
+from unitstep.neuron import LIF, Height, check_steps
 
 Norm = Literal["none", "fold", "keep"]
 Readout = Literal["sum", "mean"]
+MaxPool = Literal["keep", "average"]
+LeafModules = Sequence[str | type[nn.Module]]
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-RELU_FUNCTIONS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_}
-DROPOUTS: dict[Any, Any] = {nn.Dropout: F.dropout, nn.Dropout1d: F.dropout1d, nn.Dropout2d: F.dropout2d}
-# Operations that act on each image (and so on each step) alone: they run on folded time as they are.
-KEPT_MODULES = (
-    nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear, *BATCH_NORMS,
-    nn.AvgPool1d, nn.AvgPool2d, nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity, Normalize,
-)  # fmt: skip
-KEPT_FUNCTIONS: set[Any] = {
-    torch.flatten, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, operator.getitem, getattr,
-}  # fmt: skip
-KEPT_METHODS = {"flatten", "view", "reshape", "contiguous", "size"}
-MEETINGS: set[Any] = {operator.add, operator.iadd, torch.add, torch.cat}  # where the stem's currents may meet spikes
+
+# ------------------------------------------------------------------------------------------ what becomes of operations
+
+
+@dataclass
+class Row:
+    """What became of one operation of the traced network."""
+
+    name: str
+    """Of the operation in the traced graph; a neuron layer's is its key in `Spiking.lifs`."""
+    kind: str
+    """Class of the module, or name of the function or method: Conv2d, relu, add, …"""
+    path: str
+    """Of the module, as in the CNN's state dict; empty for functions and methods."""
+    line: str
+    """Where the network calls it: net.py:12; empty if that is inside torch."""
+    became: str = ""
+    """neuron, folded into …, kept with binary, integer or analog input, …, refused: why."""
+    shape: tuple[int, ...] | None = None
+    """Of the output for one image."""
+    cap: float | None = None
+    """What the rectifier cuts off above (6 for ReLU6): the threshold never starts above it."""
+    threshold: float | None = None
+    """In the unit of the current; the mean over the channels if each has its own."""
+    found: str | None = None
+    """How the threshold was found."""
+    rate: float | None = None
+    """Spikes per neuron and image, summed over the T steps."""
+    error: float | None = None
+    """‖mean over the steps of the spiking network's output − the CNN's‖ / ‖the CNN's‖, here, over the calibration
+    images."""
+
+
+@dataclass
+class Report:
+    """One `Row` per operation, in the order of execution. `print(report)` is a table."""
+
+    rows: list[Row]
+    steps: int | None = None
+    """Timesteps at which rates and errors were taken."""
+    images: int = 0
+    """Number of images on which they were taken."""
+
+    def __getitem__(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def place(self, name: str) -> str:
+        """Which operation that is, for people: its kind, its name, and the line that calls it."""
+        row = self[name]
+        return f"{row.kind} {row.path or name}" + (f" ({row.line})" if row.line else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Column, Table
+
+        right = [Column(title, justify="right") for title in ("threshold", "spikes", "error")]
+        table = Table(
+            "operation", "kind", "output", "became", right[0], "found by", *right[1:], box=None, pad_edge=False
+        )
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape)) if row.shape is not None else ""
+            numbers = [
+                "" if value is None else f"{value:{form}}"
+                for value, form in ((row.threshold, ".4g"), (row.rate, ".3f"), (row.error, ".3f"))
+            ]
+            refused = f" ({row.line})" if row.became.startswith("refused") and row.line else ""
+            table.add_row(row.name, row.kind, shape, row.became + refused, numbers[0], row.found, *numbers[1:])
+        text = io.StringIO()
+        width = max(table.__rich_measure__(Console(width=10_000), Console(width=10_000).options).maximum, 80)
+        Console(file=text, width=width).print(table)
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        if self.steps is not None:
+            lines.append(
+                f"T = {self.steps}, {self.images} images. spikes: per neuron and image, over all steps. error: of the "
+                "mean output over the steps, relative to the CNN's"
+            )
+        return "\n".join(lines)
+
+
+class ConversionError(ValueError):
+    """A network has operations without a spiking form: `report` names all of them."""
+
+    def __init__(self, report: Report) -> None:
+        refused = [row for row in report.rows if row.became.startswith("refused")]
+        listed = "".join(f"\n  {report.place(row.name)}: {row.became[9:]}" for row in refused[:10])
+        more = f"\n  and {len(refused) - 10} more" if len(refused) > 10 else ""
+        number = f"{len(refused)} operations do" if len(refused) > 1 else "1 operation does"
+        super().__init__(f"{number} not convert:{listed}{more}")
+        self.report = report
 
 
 class Spiking(fx.GraphModule):  # type: ignore[misc,unused-ignore]
@@ -53,6 +138,12 @@ class Spiking(fx.GraphModule):  # type: ignore[misc,unused-ignore]
         found = ((node, self.get_submodule(str(node.target))) for node in self.graph.nodes if node.op == "call_module")
         return {str(node.target).removeprefix("neurons."): module for node, module in found if isinstance(module, LIF)}
 
+    @property
+    def report(self) -> Report:
+        """What became of each operation of the CNN. Rates and errors are there after `to_spiking`."""
+        report: Report = self.meta["report"]
+        return report
+
 
 class SharedDropout(nn.Module):
     """Dropout (of elements or of channels) that draws one mask per call and uses it at every step.
@@ -68,26 +159,271 @@ class SharedDropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         mask = self.function(torch.ones_like(x[: len(x) // steps]), self.p, True)
-        return x * _repeat(mask, steps)
+        return x * repeat(mask, steps)
 
 
-def to_spiking(
-    cnn: nn.Module,
-    images: Tensor,
-    *,
-    steps: int = 5,
-    percentile: float = 90.0,
-    scale: float = 1.0,
-    calibration_steps: int | None = None,
-    height: Height = "threshold",
-    initial: float = 0.0,
-    readout: Readout = "mean",
-    norm: Norm = "keep",
-) -> Spiking:
-    """A spiking copy of `cnn`, which stays untouched, with thresholds found on `images` [B, C, H, W] at `steps`
-    timesteps: see `spiking` and `calibrate_`."""
-    snn = spiking(cnn, height=height, initial=initial, readout=readout, norm=norm)
-    return calibrate_(snn, images, steps=calibration_steps or steps, percentile=percentile, scale=scale)
+def repeat(x: Tensor, steps: int) -> Tensor:
+    """[B, …] → [T·B, …]: the same at every step."""
+    return x if steps == 1 else x.repeat(steps, *[1] * (x.dim() - 1))
+
+
+def read_out(x: Tensor, steps: int, readout: str) -> Tensor:
+    """[T·B, classes] → [B, classes]: what a neuron without leak and without threshold has integrated, or its mean per
+    step."""
+    over_time: Tensor = x.unflatten(0, (steps, len(x) // steps))
+    return over_time.sum(0) if readout == "sum" else over_time.mean(0)
+
+
+# ---------------------------------------------------------------------------------------------- what converts, and how
+# Values are "binary" (0 or one height), "integer" (whole multiples of heights, also after averaging k² of them) or
+# "analog". A kept operation acts on each image and each step alone; here is what it makes of its input's values.
+
+SAME, COUNTS, ANALOG = "same", "counts", "analog"
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+KEPT_MODULES: dict[type[nn.Module], str] = {
+    **dict.fromkeys((*CONVOLUTIONS, nn.Linear, *BATCH_NORMS, Normalize, nn.Upsample), ANALOG),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), COUNTS),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d), SAME),
+    **dict.fromkeys((nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle), SAME),
+    **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle), SAME),
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d), SAME),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d), SAME),
+}  # fmt: skip
+KEPT_FUNCTIONS: dict[Any, str] = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.linear, F.batch_norm), ANALOG),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, F.interpolate), ANALOG),
+    **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d), COUNTS),
+    **dict.fromkeys((torch.mean, torch.sum), COUNTS),
+    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, torch.amax), SAME),
+    **dict.fromkeys((torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.movedim, torch.clone), SAME),
+    **dict.fromkeys((torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.unbind, torch.narrow), SAME),
+    **dict.fromkeys((torch.flip, torch.roll, operator.getitem, F.pad), SAME),
+    **dict.fromkeys((F.channel_shuffle, F.pixel_shuffle, F.pixel_unshuffle), SAME),
+}
+KEPT_METHODS: dict[str, str] = {
+    **dict.fromkeys(("flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"), SAME),
+    **dict.fromkeys(("chunk", "split", "unbind", "narrow", "flip", "roll", "clone", "detach", "amax", "float"), SAME),
+    **dict.fromkeys(("mean", "sum"), COUNTS),
+}
+MAX_POOLS: dict[Any, Any] = {  # and the average pools that may take their places
+    nn.MaxPool1d: nn.AvgPool1d, nn.MaxPool2d: nn.AvgPool2d, F.max_pool1d: F.avg_pool1d, F.max_pool2d: F.avg_pool2d,
+    nn.AdaptiveMaxPool1d: nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool2d: nn.AdaptiveAvgPool2d,
+    F.adaptive_max_pool1d: F.adaptive_avg_pool1d, F.adaptive_max_pool2d: F.adaptive_avg_pool2d,
+    torch.amax: torch.mean, "amax": "mean",
+}  # fmt: skip
+# Several activations may meet in these; scaling is by constants alone.
+ADDITIONS: set[Any] = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub"}
+CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+SCALINGS: set[Any] = {operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div", operator.neg}
+# In-place operations and what they are otherwise.
+IN_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div",
+    "relu_": "relu", "clamp_": "clamp", "clip_": "clip", "clamp_min_": "clamp_min", "clamp_max_": "clamp_max",
+    F.relu_: F.relu, torch.relu_: torch.relu, F.hardtanh_: F.hardtanh, F.leaky_relu_: F.leaky_relu,
+    torch.clamp_: torch.clamp,
+}  # fmt: skip
+VIEWS: set[Any] = {  # outputs share memory with the input
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.movedim, torch.squeeze, torch.unsqueeze,
+    torch.chunk, torch.split, torch.unbind, torch.narrow, operator.getitem, nn.Flatten, nn.Unflatten, nn.Identity,
+    "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split",
+    "unbind", "narrow", "detach", "float", nn.Dropout, nn.Dropout1d, nn.Dropout2d, F.dropout, F.dropout1d, F.dropout2d,
+}  # fmt: skip
+AVERAGED = "average pool in its place: another function"
+APPROXIMABLE: set[Any] = {
+    nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.PReLU,
+    F.leaky_relu, F.silu, F.gelu, F.hardswish, F.prelu, torch.prelu,
+}  # fmt: skip
+DROPOUTS: dict[Any, Any] = {nn.Dropout: F.dropout, nn.Dropout1d: F.dropout1d, nn.Dropout2d: F.dropout2d}
+SOFTMAXES: set[Any] = {
+    nn.Softmax, nn.LogSoftmax, nn.Sigmoid, F.softmax, F.log_softmax, F.sigmoid, torch.softmax, torch.log_softmax,
+    torch.sigmoid, "softmax", "log_softmax", "sigmoid",
+}  # fmt: skip
+STOCHASTIC_DEPTH = {"StochasticDepth", "DropPath", "stochastic_depth", "drop_path"}  # torchvision's and timm's
+OWN_STATISTICS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
+OWN_STATISTICS_FUNCTIONS: set[Any] = {F.layer_norm, F.group_norm, F.instance_norm}
+
+
+def _what(node: fx.Node, module: nn.Module | None) -> Any:
+    """What an operation is, as the tables above name it: a module's type, a function, or a method's name."""
+    return node.target if module is None else type(module)
+
+
+def _module(net: nn.Module, node: fx.Node) -> nn.Module | None:
+    return net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _argument(node: fx.Node, name: str, position: int, default: Any = None) -> Any:
+    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
+
+
+def _bounds(node: fx.Node, module: nn.Module | None) -> tuple[Any, Any] | None:
+    """(lower, upper) between which an operation cuts its input off; None for any other operation."""
+    what = _what(node, module)
+    if what in (nn.ReLU, F.relu, torch.relu, "relu"):
+        return 0, None
+    if what in (nn.ReLU6, F.relu6):
+        return 0, 6
+    if isinstance(module, nn.Hardtanh):
+        return module.min_val, module.max_val
+    if what is F.hardtanh:
+        return _argument(node, "min_val", 1, -1.0), _argument(node, "max_val", 2, 1.0)
+    if what in (torch.clamp, torch.clip, "clamp", "clip"):
+        return _argument(node, "min", 1), _argument(node, "max", 2)
+    if what in (torch.clamp_min, "clamp_min"):
+        return _argument(node, "min", 1), None
+    if what in (torch.clamp_max, "clamp_max"):
+        return None, _argument(node, "max", 1)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- tracing
+
+
+class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
+    """Notes for each operation the line that calls it, and where it was when tracing failed."""
+
+    def __init__(self, leaf_modules: LeafModules) -> None:
+        super().__init__()
+        self.leaf_modules = leaf_modules
+        self.path = ""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return (
+            isinstance(module, Normalize)
+            or type(module).__name__ in STOCHASTIC_DEPTH
+            or name in self.leaf_modules
+            or type(module) in self.leaf_modules
+            or super().is_leaf_module(module, name)
+        )
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before, self.path = self.path, self.path_of_module(m)
+        out = super().call_module(m, forward, args, kwargs)
+        self.path = before  # not after an exception
+        return out
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        frame = inspect.currentframe()
+        while frame is not None and not _is_users(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_name == "forward":
+            node.meta["line"] = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        return node
+
+
+def _is_users(file: str) -> bool:
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    return not file.startswith(ours)
+
+
+def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
+    """A traced copy of `cnn` in evaluation mode that changes no value in place. ValueError, with the line in the user's
+    file, if it cannot be traced."""
+    names = dict(cnn.named_modules())
+    for leaf in leaf_modules:
+        if isinstance(leaf, str) and leaf not in names:
+            raise ValueError(f"leaf_modules: {type(cnn).__name__} has no module named {leaf!r}")
+    tracer = _Tracer(leaf_modules)
+    net = copy.deepcopy(cnn).eval()
+    options = {
+        name: option.default
+        for name, option in inspect.signature(net.forward).parameters.items()
+        if option.default is not option.empty
+    }
+    try:
+        graph = tracer.trace(net, options)
+    except Exception as error:  # whatever the user's code raises when it meets a stand-in for a tensor
+        raise ValueError(_untraceable(cnn, error, tracer.path)) from error
+    for node in list(graph.nodes):
+        if node.target is torch._assert:
+            graph.erase_node(node)
+    _out_of_place(net, graph)
+    traced = fx.GraphModule(net, graph)
+    traced.graph.eliminate_dead_code()
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    used = [*inputs[:1], *(node for node in inputs[1:] if node.users)]
+    if len(used) != 1:
+        raise ValueError(
+            f"the network takes {len(used)} inputs ({', '.join(map(str, used))}); only networks "
+            "of one image input convert"
+        )
+    for option in inputs[1:]:
+        traced.graph.erase_node(option)
+    traced.recompile()
+    return traced
+
+
+def _untraceable(cnn: nn.Module, error: Exception, path: str) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    where = ""
+    if frames:
+        where = f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: `{frames[-1].line}`"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    way_out = "write that line so that it does not"
+    if path:
+        way_out += f", or keep the module it stands in as it is, unconverted: leaf_modules=({path!r},)"
+    return (
+        f"{type(cnn).__name__} cannot be traced{where} ({reason}). Which operations a network runs must not depend on "
+        f"the data: {way_out}"
+    )
+
+
+def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
+    """Let nothing be changed in place: whoever used the changed tensor afterwards uses the result. ValueError where a
+    view of it is used afterwards too."""
+    order = {node: number for number, node in enumerate(graph.nodes)}
+
+    def root(node: fx.Node) -> fx.Node:
+        while _what(node, _module(net, node)) in VIEWS and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node
+
+    family: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        family.setdefault(root(node), []).append(node)
+    for node in list(graph.nodes):
+        module = _module(net, node)
+        what = _what(node, module)
+        inplace = what in IN_PLACE or getattr(module, "inplace", False) or node.kwargs.get("inplace") is True
+        if node.target in (F.relu, F.relu6, F.silu, F.hardswish) and _argument(node, "inplace", 1, False) is True:
+            inplace = True
+        if node.target is F.hardtanh and _argument(node, "inplace", 3, False) is True:
+            inplace = True
+        if not inplace or not node.all_input_nodes:
+            continue
+        changed = node.args[0] if node.args else node.all_input_nodes[0]
+        if not isinstance(changed, fx.Node):
+            continue
+        dropout = what in VIEWS  # nothing happens in evaluation
+        for relative in [] if dropout else family[root(changed)]:
+            late = [user for user in relative.users if order.get(user, -1) > order[node] and user is not node]
+            if relative is node or relative is changed or not late:
+                continue
+            raise ValueError(
+                f"{_kind(node, module)} {node.name} ({node.meta.get('line')}) changes {changed.name} in place, "
+                f"which shares memory with {relative.name}, used later in {late[0].name}: write it without in-place"
+            )
+        if not dropout:
+            now = order[node]
+            for user in [user for user in changed.users if order[user] > now]:
+                user.replace_input_with(changed, node)
+        if module is not None:
+            module.inplace = False  # type: ignore[assignment,unused-ignore]
+        else:
+            node.target = IN_PLACE.get(what, node.target)
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+        if node.op == "call_function" and node.args and node.args[-1] is True:
+            node.args = node.args[:-1]
+
+
+def _kind(node: fx.Node, module: nn.Module | None) -> str:
+    return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+
+
+# ---------------------------------------------------------------------------------------------------------- conversion
 
 
 def spiking(
@@ -97,309 +433,411 @@ def spiking(
     initial: float = 0.0,
     readout: Readout = "mean",
     norm: Norm = "keep",
+    max_pool: MaxPool = "keep",
+    approximate: bool = False,
+    leaf_modules: LeafModules = (),
 ) -> Spiking:
     """The structure alone: a copy of `cnn` with a `LIF` of threshold 1 and leak 1 for every ReLU call, shared dropout
     masks and a readout over time.
 
-    height: a spike is worth 1 ("unit", the paper's) or its layer's threshold.  readout: "sum" (the paper's) or "mean"
-    over the steps of the last layer's output.
-    norm: batch norm is kept, acting on all T·B rows ("keep"), is folded into the convolution or linear layer before it
-    ("fold"), or must not be there ("none"). Raises ValueError, naming the operation and the way out, for whatever does
-    not convert.
+    height: a spike is worth 1 ("unit", the paper's) or its layer's threshold.  initial: the membrane before the first
+    step, in thresholds.  readout: "sum" (the paper's) or "mean" over the steps of the last layer's output.
+    norm: batch norm is kept, acting on all T·B rows ("keep"); is folded into the weights next to it where that is
+    exact, else kept ("fold"); or must not be there ("none").  max_pool: "keep" takes the maximum of each step's spikes,
+    which is the CNN's function at T = 1 alone; "average" puts average pools in their places, which is another function.
+    approximate: put neurons in the places of LeakyReLU, SiLU, GELU, Hardswish and PReLU too, though they are not ReLUs.
+    leaf_modules: names or classes of modules that are kept whole, untraced, and run at each step.
+    Raises ConversionError, a ValueError, which names all operations that do not convert, and ValueError for a network
+    that cannot be traced or has several inputs.
     """
-    if norm not in ("none", "fold", "keep"):
-        raise ValueError(f'norm must be "none", "fold" or "keep", not {norm!r}')
-    if readout not in ("sum", "mean"):
-        raise ValueError(f'readout must be "sum" or "mean", not {readout!r}')
-    net = copy.deepcopy(cnn)
-    try:
-        graph = _Tracer().trace(net)
-    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
+    for name, value, known in (
+        ("norm", norm, ("none", "fold", "keep")),
+        ("readout", readout, ("sum", "mean")),
+        ("max_pool", max_pool, ("keep", "average")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
+    if hasattr(cnn, "neurons"):
         raise ValueError(
-            f"{type(cnn).__name__} cannot be traced, because what it does depends on the data: {error}"
-        ) from error
-    if norm != "keep":
-        _remove_norms(net, graph, fold=norm == "fold")
-    _insert_neurons(net, graph, height, initial, readout)
-    snn = Spiking(net, graph)
+            "the network has an attribute named neurons, the name under which the spiking neurons are stored: rename it"
+        )
+    net = trace(cnn, leaf_modules)
+    conversion = _Conversion(net, height, initial, readout, norm, max_pool, approximate, leaf_modules)
+    snn = conversion.run()
     snn.train(cnn.training)
     return snn
 
 
-class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, Normalize) or super().is_leaf_module(module, name)
+@dataclass
+class _Conversion:
+    """Rewrites a traced network. `axis` says what a value's first dimension holds: "images" in the stem, "time" (steps
+    and images) from the first spike on, "logits" after the readout, and "none" for constants and sizes."""
 
+    net: fx.GraphModule
+    height: Height
+    initial: float
+    readout: Readout
+    norm: Norm
+    max_pool: MaxPool
+    approximate: bool
+    leaf_modules: LeafModules
+    axis: dict[fx.Node, str] = field(default_factory=dict)
+    values: dict[fx.Node, str] = field(default_factory=dict)
+    rows: dict[fx.Node, Row] = field(default_factory=dict)
+    batch: dict[fx.Node, str] = field(default_factory=dict)  # sizes of first dimensions, and whose: images or time
+    averaged: set[str] = field(default_factory=set)  # names of max pools that have become average pools
+    shapes: dict[fx.Node, str] = field(default_factory=dict)  # whole shapes, which have the first dimension in them
 
-def _module(net: nn.Module, node: fx.Node) -> nn.Module | None:
-    return net.get_submodule(str(node.target)) if node.op == "call_module" else None
+    def run(self) -> Spiking:
+        graph = self.graph = self.net.graph
+        for node in graph.nodes:
+            if node.op not in ("placeholder", "get_attr", "output"):
+                kind = _kind(node, _module(self.net, node))
+                path = str(node.target) if node.op == "call_module" else ""
+                self.rows[node] = Row(node.name, kind, path, node.meta.get("line", ""))
+        self._norms()
+        images = next(node for node in graph.nodes if node.op == "placeholder")
+        with graph.inserting_after(images):
+            steps = graph.placeholder("steps", default_value=1)
+        with graph.inserting_after(steps):
+            self.steps = graph.call_function(check_steps, (steps,))
+        self.net.neurons = nn.Module()
+        self.axis[images], self.values[images] = "images", ANALOG
+        for node in list(graph.nodes):
+            if node in self.rows:
+                self._operation(node)
+            elif node.op == "output":
+                self._output(node)
+        report = Report([row for row in self.rows.values() if row.became])
+        if any(row.became.startswith("refused") for row in report.rows):
+            raise ConversionError(report)
+        for node in graph.nodes:
+            node.meta["axis"] = self.axis.get(node, "none")
+        graph.lint()
+        snn = Spiking(self.net, graph)
+        snn.meta["report"] = report
+        return snn
 
+    # -- batch norm ----------------------------------------------------------------------------------------------------
 
-def _remove_norms(net: nn.Module, graph: fx.Graph, *, fold: bool) -> None:
-    """Fold every batch norm into the layer right before it; without `fold`, refuse the first one found."""
-    for node in list(graph.nodes):
-        norm = _module(net, node)
-        if not isinstance(norm, BATCH_NORMS):
-            continue
-        if not fold:
-            raise ValueError(
-                f'{node.target} is a batch norm, but norm="none": use norm="fold" or "keep", or a CNN without batch '
-                "norm"
-            )
-        before = node.args[0]
-        layer = _module(net, before)
-        foldable = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)
-        calls = [other for other in graph.nodes if other.target in (before.target, node.target)]
-        if not foldable or len(before.users) > 1 or len(calls) > 2:
-            raise ValueError(
-                f"batch norm {node.target} does not directly follow a convolution or linear layer of its own: use "
-                'norm="keep"'
-            )
-        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        fused = fuse(layer.eval(), norm.eval())  # type: ignore[type-var,union-attr]
-        net.set_submodule(str(before.target), fused.requires_grad_())
-        net.set_submodule(str(node.target), nn.Identity())
-        node.replace_all_uses_with(before)
-        graph.erase_node(node)
+    def _norms(self) -> None:
+        """Fold every batch norm into the layer before or behind it where that changes no value; refuse or keep the
+        others."""
+        for node in list(self.graph.nodes):
+            norm = _module(self.net, node)
+            if not isinstance(norm, BATCH_NORMS):
+                continue
+            if self.norm == "none":
+                self._refuse(node, 'a batch norm, but norm="none": use norm="fold" or "keep"')
+            if self.norm != "fold" or norm.running_mean is None or not self._once(node):
+                continue
+            before, behind = node.args[0], next(iter(node.users), None)
+            layer = _module(self.net, before)
+            if isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and len(before.users) == 1 and self._once(before):
+                if isinstance(layer, nn.Linear):
+                    fused: nn.Module = fuse_linear_bn_eval(layer.eval(), norm.eval())
+                else:
+                    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d)
+                    fused = fuse_conv_bn_eval(layer.eval(), norm.eval(), transpose=transposed)
+                kept = before
+                kept.meta["as"] = node.name  # its output is now the norm's
+            elif behind is not None and len(node.users) == 1 and self._once(behind):
+                found = _fold_into_next(norm, _module(self.net, behind))
+                if found is None:
+                    continue
+                fused, kept = found, behind
+            else:
+                continue
+            self.net.set_submodule(str(kept.target), fused.requires_grad_())
+            self.net.set_submodule(str(node.target), nn.Identity())
+            self.rows[node].became = f"folded into {kept.name}"
+            node.replace_all_uses_with(before)
+            self.graph.erase_node(node)
 
+    def _once(self, node: fx.Node) -> bool:
+        """Whether the node's module is called here and nowhere else."""
+        return node.op == "call_module" and sum(other.target == node.target for other in self.graph.nodes) == 1
 
-def _dropout(node: fx.Node, module: nn.Module | None) -> SharedDropout | None:
-    """What takes the place of a dropout, as module or function; None for any other operation."""
-    if type(module) in DROPOUTS:
-        return SharedDropout(module.p, DROPOUTS[type(module)])  # type: ignore[arg-type,union-attr]
-    if node.op == "call_function" and node.target in DROPOUTS.values():
-        p: Any = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-        return SharedDropout(float(p), node.target)
-    return None
+    # -- one operation -------------------------------------------------------------------------------------------------
 
+    def _refuse(self, node: fx.Node, why: str) -> None:
+        self.rows[node].became = f"refused: {why}"
 
-def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
-    return (
-        type(module) is nn.ReLU
-        or (node.op == "call_function" and node.target in RELU_FUNCTIONS)
-        or (node.op == "call_method" and node.target in ("relu", "relu_"))
-    )
+    def _replace(self, node: fx.Node, target: str, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of `module` in the place of `node`, whose row it takes over."""
+        self.net.neurons.add_module(target, module)  # type: ignore[union-attr]
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(f"neurons.{target}", args, kwargs)
+        new.meta |= {"as": node.meta.get("as", node.name), "row": node.name}
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        return new
 
+    def _operation(self, node: fx.Node) -> None:
+        node.meta["row"] = node.name
+        module = _module(self.net, node)
+        what = _what(node, module)
+        if self._is_size(node):
+            self._size(node)
+            self.rows[node].became = "size"
+            return
+        inputs = [source for source in node.all_input_nodes if self.axis.get(source) in ("images", "time", "logits")]
+        if not inputs:  # computed from constants alone
+            self.axis[node] = "none"
+            self.rows[node].became = "constant"
+            return
+        timed = any(self.axis[source] == "time" for source in inputs)
+        axis = "time" if timed else self.axis[inputs[0]]
+        self.axis[node], self.values[node] = axis, ANALOG
+        if self.rows[node].became or not self._sizes_fit(node, axis):  # refused
+            return
+        if axis == "logits":
+            self.rows[node].became = "kept, after the readout"
+        elif isinstance(module, nn.Module) and (node.target in self.leaf_modules or what in self.leaf_modules):
+            self.rows[node].became = "kept whole as a leaf module, run at each step"
+        elif (bounds := _bounds(node, module)) is not None:
+            self._rectifier(node, bounds)
+        elif what in APPROXIMABLE:
+            if self.approximate:
+                self._neuron(node, f"neuron, approximates {self.rows[node].kind}")
+            else:
+                self._refuse(
+                    node, "not a ReLU; approximate=True puts a neuron in its place all the same, to be trained"
+                )
+        elif what in DROPOUTS or what in DROPOUTS.values():
+            self._dropout(node, module)
+        elif self.rows[node].kind in STOCHASTIC_DEPTH:
+            self.rows[node].became = "left out: stochastic depth is off"
+            node.replace_all_uses_with(inputs[0])
+            self.graph.erase_node(node)
+        elif what in SOFTMAXES and timed and [user.op for user in node.users] == ["output"]:
+            node.replace_input_with(inputs[0], self._read(inputs[0], before=node))
+            self.axis[node] = "logits"
+            self.rows[node].became = "kept, after the readout"
+        else:
+            self._keep(node, module, inputs, timed)
 
-def _is_kept(node: fx.Node, module: nn.Module | None) -> bool:
-    return (
-        node.op == "get_attr"
-        or isinstance(module, KEPT_MODULES)
-        or (node.op == "call_function" and node.target in KEPT_FUNCTIONS | MEETINGS)
-        or (node.op == "call_method" and node.target in KEPT_METHODS)
-    )
-
-
-def _mixes_images(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether an operation joins or cuts the batch dimension, which also holds the timesteps."""
-
-    def argument(name: str, position: int, default: Any) -> Any:
-        return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
-
-    if node.target is torch.cat:
-        return bool(argument("dim", 1, 0) == 0)
-    if node.target is torch.flatten or (node.op, node.target) == ("call_method", "flatten"):
-        return bool(argument("start_dim", 1, 0) == 0)
-    if node.target is operator.getitem:
-        index: Any = node.args[1]
-        first = index[0] if isinstance(index, tuple) else index
+    def _rectifier(self, node: fx.Node, bounds: tuple[Any, Any]) -> None:
+        lower, upper = bounds
         source = node.all_input_nodes[0]
-        is_size = source.target is getattr or (source.op, source.target) == ("call_method", "size")
-        return first != slice(None) and not is_size
-    return isinstance(module, nn.Flatten) and module.start_dim == 0
+        numbers = all(bound is None or isinstance(bound, int | float) for bound in bounds)
+        if not numbers or (lower != 0 and lower is not None) or (upper is not None and not upper > 0):
+            self._refuse(node, f"it cuts off at {lower} and {upper}; a neuron rectifies: cut off at 0 and above it")
+        elif upper is not None and self.height == "unit":
+            self._refuse(node, 'a cap has a unit, which spikes of height 1 have lost: use height="threshold"')
+        elif lower == 0:
+            self._neuron(node, "neuron" if upper is None else f"neuron, capped at {upper:g}", upper)
+        elif isinstance(_module(self.net, source), LIF) and len(source.users) == 1:
+            row = next(row for row in self.rows.values() if row.name == source.meta["row"])
+            row.cap = upper if row.cap is None else min(row.cap, upper)
+            row.became = f"neuron, capped at {row.cap:g}"
+            self.rows[node].became = f"folded into {row.name}"
+            source.meta["as"] = node.name
+            node.replace_all_uses_with(source)
+            self.graph.erase_node(node)
+        else:
+            self._refuse(node, "it cuts off above without rectifying: clamp right behind a ReLU of its own")
 
+    def _neuron(self, node: fx.Node, became: str, cap: float | None = None) -> None:
+        source = node.all_input_nodes[0]
+        static = {} if self.axis[source] == "time" else {"static": True}
+        self.rows[node].became, self.rows[node].cap = became, cap
+        lif = LIF(height=self.height, initial=self.initial)
+        new = self._replace(node, node.name, lif, source, self.steps, **static)
+        self.axis[new], self.values[new] = "time", "binary"
 
-def _insert_neurons(net: nn.Module, graph: fx.Graph, height: Height, initial: float, readout: Readout) -> None:
-    """Rewrite `graph` in place: it takes (images, steps); `spiked` are the nodes whose values have a time axis."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise ValueError(
-            f"the network takes {len(inputs)} inputs ({', '.join(map(str, inputs))}); only networks of one image "
-            "input convert"
-        )
-    with graph.inserting_after(inputs[0]):
-        steps = graph.placeholder("steps", default_value=1)
-    with graph.inserting_after(steps):
-        steps = graph.call_function(check_steps, (steps,))
-    if hasattr(net, "neurons"):
-        raise ValueError(
-            "the network has an attribute named neurons, the name under which the spiking neurons are stored: rename it"
-        )
-    net.neurons = nn.Module()
-    spiked: set[fx.Node] = set()
+    def _dropout(self, node: fx.Node, module: nn.Module | None) -> None:
+        source = node.all_input_nodes[0]
+        p: Any = _argument(node, "p", 1, 0.5) if module is None else module.p
+        function = node.target if module is None else DROPOUTS[type(module)]
+        timed = self.axis[source] == "time"
+        self.rows[node].became = "one mask for all steps"
+        shared = SharedDropout(float(p), function)
+        new = self._replace(node, node.name, shared, source, *([self.steps] if timed else []))
+        self.axis[new], self.values[new] = self.axis[source], self.values[source]
 
-    for node in list(graph.nodes):
-        if node.op == "placeholder" or node is steps:
-            continue
-        module = _module(net, node)
-        sources = [source for source in node.all_input_nodes if source in spiked]
-        if node.op == "output":
-            if not isinstance(node.args[0], fx.Node) or node.args[0] not in spiked:
-                raise ValueError(
-                    "no ReLU lies between the network's input and its output, so nothing would spike; a network must "
-                    "return one tensor of logits"
-                )
-            with graph.inserting_before(node):
-                node.args = (graph.call_function(_read_out, (node.args[0], steps, readout)),)
-        elif _is_relu(node, module):
-            net.neurons.add_module(node.name, LIF(height=height, initial=initial))
-            with graph.inserting_before(node):
-                kwargs: dict[str, fx.node.Argument] = {} if sources else {"static": True}
-                neuron = graph.call_module(f"neurons.{node.name}", (node.all_input_nodes[0], steps), kwargs)
-            node.replace_all_uses_with(neuron)
-            graph.erase_node(node)
-            spiked.add(neuron)
-        elif (shared := _dropout(node, module)) is not None:
-            net.neurons.add_module(node.name, shared)
-            with graph.inserting_before(node):
-                dropout = graph.call_module(
-                    f"neurons.{node.name}", (node.all_input_nodes[0], *([steps] if sources else []))
-                )
-            node.replace_all_uses_with(dropout)
-            graph.erase_node(node)
-            if sources:
-                spiked.add(dropout)
-        elif not _is_kept(node, module):
-            what = (
-                f"{type(module).__name__} {node.target}"
-                if module
-                else f"{getattr(node.target, '__name__', node.target)} (node {node.name})"
+    def _keep(self, node: fx.Node, module: nn.Module | None, inputs: list[fx.Node], timed: bool) -> None:
+        what = _what(node, module)
+        rule: str | None = KEPT_METHODS.get(what) if node.op == "call_method" else KEPT_FUNCTIONS.get(what)
+        if module is not None:  # also subclasses that torch makes, as for weight norm
+            rule = next((rule for kept, rule in KEPT_MODULES.items() if isinstance(module, kept)), None)
+        types = {self.values[source] for source in inputs}
+        kinds = ANALOG if ANALOG in types else "integer" if "integer" in types else "binary"
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        if what in ADDITIONS or what in CONCATENATIONS:
+            constant = [source for source in node.all_input_nodes if source not in inputs]
+            numbers = what in ADDITIONS and any(isinstance(arg, int | float) for arg in node.args)
+            counts = "integer" if kinds == "binary" and what in ADDITIONS else kinds
+            self.values[node] = ANALOG if constant or numbers or "alpha" in node.kwargs else counts
+        elif len(inputs) > 1:
+            product = what in SCALINGS or what in (torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm")
+            why = "multiplies activations, as squeeze-and-excitation and attention do, which spikes cannot"
+            return self._refuse(node, why if product else "several activations meet; only + and concatenation do that")
+        elif what in SCALINGS and (first in inputs or what in (operator.mul, torch.mul, "mul")):
+            self.values[node] = kinds if what is operator.neg and kinds != "binary" else ANALOG
+        elif rule is None or (module is None and first not in inputs):
+            own = what in OWN_STATISTICS_FUNCTIONS or isinstance(module, OWN_STATISTICS)
+            why = "normalises each image by its own statistics, which no spike knows: use batch norm"
+            generic = (
+                "it has no spiking form here: use ReLU, pooling, batch norm, addition or concatenation in its place"
             )
+            return self._refuse(node, why if own else f"{generic}, or keep a module whole by leaf_modules")
+        else:
+            counts = "integer" if kinds == "binary" else kinds
+            self.values[node] = {SAME: kinds, COUNTS: counts, ANALOG: ANALOG}[rule]
+            if what is F.pad and _argument(node, "value", 3) not in (None, 0):
+                self.values[node] = ANALOG
+        became = f"kept, {kinds} input"
+        if node.target in self.averaged:
+            became = AVERAGED
+        elif what in MAX_POOLS:
+            if self.max_pool == "average":
+                became = self._average(node, module)
+                self.values[node] = "integer" if kinds == "binary" else kinds
+            elif timed:
+                became += "; the CNN's function at T = 1 only"
+        elif what is F.batch_norm:
+            became += ", with fixed statistics"
+        self.rows[node].became = became
+        if timed:
+            for source in inputs:
+                if self.axis[source] == "images":
+                    with self.graph.inserting_before(node):
+                        node.replace_input_with(source, self.graph.call_function(repeat, (source, self.steps)))
+
+    def _average(self, node: fx.Node, module: nn.Module | None) -> str:
+        """Put an average pool in the place of a max pool."""
+        dilation = getattr(module, "dilation", 1) if module is not None else _argument(node, "dilation", 4, 1)
+        indices = getattr(module, "return_indices", False) or node.kwargs.get("return_indices", False)
+        if dilation not in (1, (1, 1)) or indices:
+            self._refuse(node, "a max pool with dilation or indices has no average pool to take its place")
+            return self.rows[node].became
+        if module is None:
+            kwargs = {key: value for key, value in node.kwargs.items() if key not in ("dilation", "return_indices")}
+            if node.target in (F.max_pool1d, F.max_pool2d):
+                args = node.args[:4]
+                kwargs |= {"count_include_pad": False}
+                if len(node.args) > 5:
+                    kwargs["ceil_mode"] = node.args[5]
+                node.args = args
+            node.target, node.kwargs = MAX_POOLS[node.target], kwargs
+        else:
+            average = MAX_POOLS[type(module)]
+            if isinstance(module, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d):
+                pool = average(module.output_size)
+            else:
+                options = {"ceil_mode": module.ceil_mode, "count_include_pad": False}
+                pool = average(module.kernel_size, module.stride, module.padding, **options)
+            self.net.set_submodule(str(node.target), pool)
+            self.averaged.add(str(node.target))
+        return AVERAGED
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    def _is_size(self, node: fx.Node) -> bool:
+        if node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"):
+            return True
+        if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+            return True
+        sizes = [source for source in node.all_input_nodes if self.axis.get(source) == "size"]
+        return bool(sizes) and len(sizes) == len(node.all_input_nodes)
+
+    def _size(self, node: fx.Node) -> None:
+        """Note whether an integer, or a shape, has the number of images or of images and steps in it."""
+        self.axis[node] = "size"
+        source = node.all_input_nodes[0]
+        index = node.args[1] if len(node.args) > 1 else None
+        owner = self.axis.get(source)
+        if node.target is getattr or node.op == "call_method":
+            if node.target in ("dim",) or index in ("ndim", "dtype", "device"):
+                return
+            if node.target == "size" and _argument(node, "dim", 1) is not None:
+                if _argument(node, "dim", 1) == 0:
+                    self.batch[node] = str(owner)
+            else:
+                self.shapes[node] = str(owner)
+        elif node.target is operator.getitem and source in self.shapes:
+            if index == 0:
+                self.batch[node] = self.shapes[source]
+            elif isinstance(index, slice) and index.start in (None, 0):
+                self.shapes[node] = self.shapes[source]
+        else:
+            whole = [self.shapes[each] for each in node.all_input_nodes if each in self.shapes]
+            batches = [self.batch[each] for each in node.all_input_nodes if each in self.batch]
+            if len(batches) == 1 and not whole and node.target in (operator.mul, operator.floordiv):
+                self.batch[node] = batches[0]
+            elif batches or whole:
+                self.shapes[node] = (batches + whole)[0]
+
+    def _sizes_fit(self, node: fx.Node, axis: str) -> bool:
+        """Multiply numbers of images by the steps where a value with time uses them. False, and refused, where that
+        cannot be done."""
+        for size in node.all_input_nodes:
+            owner = self.batch.get(size) or self.shapes.get(size)
+            if owner is None or owner == axis or owner == "size":
+                continue
+            if axis == "time" and size in self.batch:
+                with self.graph.inserting_before(node):
+                    node.replace_input_with(size, self.graph.call_function(operator.mul, (size, self.steps)))
+                continue
+            self._refuse(
+                node,
+                f"it uses the shape {size.name} of a value with another first dimension: use the shape of its input",
+            )
+            return False
+        return True
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _read(self, logits: fx.Node, before: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(before):
+            read = self.graph.call_function(read_out, (logits, self.steps, self.readout))
+        row = Row(read.name, "readout", "", "", f"{self.readout} over the steps")
+        self.rows[read] = row
+        read.meta |= {"row": read.name, "as": logits.meta.get("as", logits.name)}
+        self.axis[read] = "logits"
+        return read
+
+    def _output(self, node: fx.Node) -> None:
+        logits = node.args[0]
+        if not isinstance(logits, fx.Node):
             raise ValueError(
-                f"{what} has no spiking form here: replace it by ReLU, pooling, batch norm, addition or "
-                "concatenation, or leave it out"
+                f"the network returns {type(logits).__name__} of several values; only networks that return one tensor "
+                "of logits convert"
             )
-        elif sources:
-            if _mixes_images(node, module):
-                raise ValueError(
-                    f"{node.name} joins or cuts the first dimension, which holds images and timesteps: write it so "
-                    "that it acts on each image alone, e.g. torch.flatten(x, 1), torch.cat(parts, 1)"
-                )
-            spiked.add(node)
-            for source in node.all_input_nodes:
-                if source not in spiked:
-                    if node.target not in MEETINGS:
-                        raise ValueError(
-                            f"{node.name} mixes spikes with {source.name}, which has no time axis: only additions "
-                            "and concatenations may do that"
-                        )
-                    with graph.inserting_before(node):
-                        node.replace_input_with(source, graph.call_function(_repeat, (source, steps)))
-    graph.lint()
+        if self.axis.get(logits) == "time":
+            node.args = (self._read(logits, before=node),)
+        elif self.axis.get(logits) != "logits" and not any(
+            row.became.startswith("refused") for row in self.rows.values()
+        ):
+            raise ValueError(
+                "no ReLU lies between the network's input and its output, so nothing would spike; a network must "
+                "return one tensor of logits"
+            )
 
 
-def _repeat(x: Tensor, steps: int) -> Tensor:
-    """[B, …] → [T·B, …]: the same at every step."""
-    return x if steps == 1 else x.repeat(steps, *[1] * (x.dim() - 1))
-
-
-def _read_out(x: Tensor, steps: int, readout: str) -> Tensor:
-    """[T·B, classes] → [B, classes]: what a neuron without leak and without threshold has integrated, or its mean per
-    step."""
-    over_time: Tensor = x.unflatten(0, (steps, len(x) // steps))
-    return over_time.sum(0) if readout == "sum" else over_time.mean(0)
-
-
-@torch.no_grad()
-def calibrate_(
-    snn: Spiking, images: Tensor, *, steps: int, percentile: float = 90.0, scale: float = 1.0, window: int = 10
-) -> Spiking:
-    """Set every threshold of `snn` from the currents that `images` [B, C, H, W] cause, in place, layer by layer:
-    earlier layers already spike.
-
-    V = scale · max over the steps of the `percentile`-th percentile (nearest rank, over all neurons and images) of the
-    layer's current; a result ≤ 0 becomes 0.1. Leaks must still be 1. Batch norms that were kept take their statistics
-    from the same images. The paper uses percentile 90 and 500 steps (its predecessor 99.7 and scale 0.2–0.6). Steps
-    run `window` at a time, so memory does not grow with their number; beyond one window the time grows with the square
-    of the number of layers. Warns with the name of a layer that emits no spike. Source: arXiv 2110.05929, 2008.03658.
-    """
-    check_steps(steps)
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile must be in (0, 100], not {percentile}")
-    if not scale > 0:
-        raise ValueError(f"scale must be greater than 0, not {scale}")
-    if len(images) == 0:
-        raise ValueError("calibration needs at least one image")
-    training = {name: module.training for name, module in snn.named_modules()}
-    snn.eval()
-    norms = [module for module in snn.modules() if isinstance(module, BATCH_NORMS)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:  # use and remember the statistics of these images
-        norm.train()
-        norm.momentum = 1.0
-    windows = [min(window, steps - start) for start in range(0, steps, window)]
-    sweep = _Sweep(snn, images, windows)
-    try:
-        for name, lif in snn.lifs.items():
-            peak = max(_percentile(now, percentile) for current in sweep.currents(name) for now in current)
-            lif.threshold.fill_(scale * peak if peak > 0 else 0.1)
-            lif.leak.fill_(1.0)
-        for _ in sweep.currents(None):
-            pass
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for name, module in snn.named_modules():
-            module.training = training[name]
-    if dead := [name for name in snn.lifs if name not in sweep.alive]:
-        way_out = "a lower percentile or scale lowers its threshold"
-        warnings.warn(f"layer {', '.join(dead)} emits no spike on the calibration images: {way_out}", stacklevel=2)
-    return snn
-
-
-def _percentile(x: Tensor, percentile: float) -> float:
-    """The value of nearest rank; `torch.quantile` takes no more than 16 million elements."""
-    return x.flatten().kthvalue(1 + round(percentile / 100 * (x.numel() - 1))).values.item()
-
-
-class _Sweep(fx.Interpreter):  # type: ignore[misc,unused-ignore]
-    """Runs a spiking network operation by operation, in windows of timesteps between which the membranes are carried
-    over.
-
-    A single window is run once, stopping at each layer on the way. Several cannot all be kept in memory: each layer
-    starts anew from the images.
-    """
-
-    def __init__(self, snn: Spiking, images: Tensor, windows: list[int]) -> None:
-        super().__init__(snn)
-        self.images, self.windows = images, windows
-        self.nodes = list(snn.graph.nodes)
-        self.position = 0
-        self.left: dict[str, Tensor] = {}  # membranes at the end of the window before
-        self.alive: set[str] = set()
-
-    def currents(self, name: str | None) -> Iterator[Tensor]:
-        """Per window the current of neuron layer `name`, [steps, B, …] or, if static, [1, B, …]; None runs to the
-        end."""
-        if len(self.windows) > 1:
-            self.left = {}
-        for length in self.windows:
-            if len(self.windows) > 1 or self.position == 0:
-                self.position, self.env = 0, {}
-                self.args_iter = iter([self.images, length])
-            while self.position < len(self.nodes):
-                node = self.nodes[self.position]
-                if node.op == "call_module" and node.target == f"neurons.{name}":
-                    yield self.env[node.args[0]].unflatten(0, (1 if node.kwargs.get("static") else length, -1))
-                    break
-                self.env[node] = self.run_node(node)
-                for dead in self.user_to_last_uses.get(node, []):
-                    del self.env[dead]
-                self.position += 1
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        lif = self.fetch_attr(target)
-        if not isinstance(lif, LIF):
-            return super().call_module(target, args, kwargs)
-        current, steps = args
-        flat = current.flatten(1).unflatten(0, (1 if kwargs.get("static") else steps, -1))
-        precision = torch.promote_types(current.dtype, torch.float32)
-        V, leak = lif.threshold.to(precision), lif.leak.to(precision)
-        left = self.left.get(target, lif.initial * V if lif.initial else None)
-        spikes = []
-        for _, membrane, fires in membranes(flat, V, leak, steps, left):
-            spikes.append((fires * (V if lif.height == "threshold" else 1.0)).to(current.dtype))
-            self.left[target] = membrane - V * fires
-            if fires.any():
-                self.alive.add(target.removeprefix("neurons."))
-        return torch.cat(spikes).unflatten(1, current.shape[1:])
+def _fold_into_next(norm: nn.Module, layer: nn.Module | None) -> nn.Module | None:
+    """A copy of `layer`, which takes the norm's output, that takes the norm's input: W·(γx/σ + β − γμ/σ) + b. None if
+    there is no exact one: padding is with zeros, which the norm would have moved."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        if isinstance(layer.padding, str) or any(layer.padding):
+            return None
+        groups = layer.groups
+    elif isinstance(layer, nn.Linear):
+        groups = 1
+    else:
+        return None
+    layer, weight = copy.deepcopy(layer), layer.weight.detach()
+    mean, var = norm.running_mean, norm.running_var
+    scale = (var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach())  # type: ignore[operator]
+    shift = (0 if norm.bias is None else norm.bias.detach()) - mean * scale  # type: ignore[operator]
+    per_group = len(weight) // groups
+    rest = [1] * (weight.dim() - 2)
+    scale, shift = (  # [C] → one for each weight: [O, C / groups, 1, …]
+        x.view(groups, 1, -1).expand(groups, per_group, -1).flatten(0, 1).unflatten(1, (-1, *rest))
+        for x in (scale, shift)
+    )
+    bias = (weight * shift).flatten(1).sum(1)
+    layer.weight = nn.Parameter(weight * scale)
+    layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias.detach() + bias)
+    return layer

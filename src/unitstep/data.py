@@ -172,9 +172,10 @@ class InMemory(Split):
     """A split held as one tensor: `images` uint8 [N, C, H, W], `labels` integers [N], names of `classes`.
 
     Augmentation works on whole batches, on their device; batch k draws from a CPU generator seeded with `mix(seed, k)`.
-    "flip" mirrors each image with probability 1/2; "crop-flip" also shifts it by up to `padding` pixels both ways. Pixels
-    are not normalised yet, so what comes in from outside has the value `fill`, by default the split's mean pixel,
-    rounded (one integer for all channels). "resized-crop-flip" needs the large images: only a `Streamed` split has it.
+    "flip" mirrors each image with probability 1/2; "crop-flip" also shifts it by up to `padding` pixels both ways.
+    Pixels are not normalised yet, so what comes in from outside has the value `fill`, by default the split's mean
+    pixel, rounded (one integer for all channels). "resized-crop-flip" needs the large images: only a `Streamed` split
+    has it.
 
     Errors: ValueError if the parts do not fit together.
     """

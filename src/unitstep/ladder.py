@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unitstep.conversion import Spiking, calibrate_
+from unitstep.calibration import calibrate_, to_spiking
+from unitstep.conversion import Spiking
 from unitstep.data import Split, load_train, mix
 from unitstep.neuron import clamp_, compiled, compiler_available
 from unitstep.recipes import Recipe, Stage
-from unitstep.runs import Run, locked, open_run
+from unitstep.runs import SCHEMA, Run, build_cnn, locked, open_run, write_json
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
@@ -133,6 +136,98 @@ def train(
     return run
 
 
+@dataclass(frozen=True)
+class Converted:
+    """A user's CNN as the first stage of a run, and what conversion alone makes of it."""
+
+    run: Run
+    snn: Spiking
+    """With thresholds found and its `.report`, at the number of steps of the run's first spiking stage."""
+    images: Tensor
+    """Those that thresholds were found on, uint8 [B, C, H, W]."""
+    cnn_accuracy: float
+    accuracy: float
+    """Percent of the validation images: of the CNN, and of `snn` without any training."""
+
+
+def convert(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    bad_images: Literal["refuse", "skip"] = "refuse",
+) -> Converted:
+    """Make a run folder `out` whose CNN is the user's own, `recipe.net` = "package.module:function", and convert it.
+
+    weights: a safetensors file with its state dict; None: it has its weights when it is made.  precision: of the
+    training to come. Writes the CNN as the
+    finished first stage, and conversion.json: the report, and the validation accuracies before and after. `train` with
+    the same recipe and folder goes on with the spiking stages. Raises ValueError for a user's mistake; nothing is
+    written then.
+    """
+    where, path = choose_device(device), Path(out)
+    chosen = "bf16" if _precision(precision, where) else "fp32"
+    if (path / "recipe.json").exists():
+        raise ValueError(f"{path} is a run already: go on with unitstep train --from {path}, or choose another folder")
+    if len(recipe.stages) < 2:
+        raise ValueError("the recipe has no spiking stage to convert for")
+    if not recipe.data:
+        raise ValueError("images are needed to find thresholds and to train on: give --data FOLDER_OR_HUB_NAME")
+    split, val = load_train(
+        recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
+    )
+    cnn = build_cnn(recipe, len(split.classes)).to(where).eval()
+    if weights is not None:
+        load_weights_(cnn.get_submodule("cnn") if ":" in recipe.net else cnn, weights)
+    images = calibration_images(recipe, split).to(where)
+    with torch.no_grad():
+        logits = forward(cnn, images[:2], None)
+    if not isinstance(logits, Tensor) or logits.shape != (min(2, len(images)), len(split.classes)):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{recipe.net} gives {shape} for {min(2, len(images))} images, but logits of the {len(split.classes)} "
+            f"classes of {recipe.data!r} are wanted"
+        )
+    steps = recipe.stages[1].steps or 1
+    snn = to_spiking(
+        cnn, images, steps=steps, calibration_steps=recipe.calibration_steps, thresholds=recipe.thresholds,
+        percentile=recipe.percentile, scale=recipe.scale, initial=recipe.initial, height=recipe.height,
+        readout=recipe.readout, norm=recipe.norm, max_pool=recipe.max_pool, approximate=recipe.approximate,
+        leaf_modules=recipe.leaf_modules,
+    )  # fmt: skip
+    val = val.to(where)
+    before, after = accuracy(cnn, val, None, where), accuracy(snn, val, steps, where)
+    run = open_run(path, recipe, precision=chosen, device=where.type)
+    run.save(run.stage_path(0), cnn.state_dict(), 0, val_accuracy=before, seconds=0.0, classes=split.classes)
+    found = {"steps": steps, "val_images": len(val), "cnn_val_accuracy": before, "val_accuracy": after}
+    write_json(path / "conversion.json", {"schema": SCHEMA, **found, "report": snn.report.to_dict()})
+    return Converted(run, snn, images, before, after)
+
+
+def load_weights_(net: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file with exactly the tensors of `net`'s state dict. ValueError if it is anything else."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a safetensors file that can be read ({error}). From a .pt file with a state dict: "
+            'safetensors.torch.save_file(torch.load("weights.pt", weights_only=True), "weights.safetensors")'
+        ) from error
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the network: {error}") from error
+
+
+def calibration_images(recipe: Recipe, split: Split) -> Tensor:
+    """The augmented training images, uint8 [B, C, H, W], that the recipe's thresholds are found on."""
+    size = min(recipe.calibration_images, len(split))
+    batches = split.batches(size, seed=mix(recipe.seed, 1, -1), augment=recipe.augment, padding=recipe.padding)
+    return next(batches)[0]
+
+
 class _Fit:
     """One stage in training: network, optimiser, position, best weights so far."""
 
@@ -164,28 +259,29 @@ class _Fit:
         """The network as the stage begins: weights from the seed, or those of the stage above; thresholds are
         calibrated once, for the first spiking stage."""
         if self.index == 0:
-            return self.run.cnn(len(self.train.classes))
+            if self.stage.epochs == 0:
+                raise ValueError(
+                    f"{self.run.path} has no CNN and the recipe does not train one: unitstep convert puts it there"
+                )
+            return build_cnn(self.run.recipe, len(self.train.classes))
         above = self.run.net(self.index - 1)
         if self.index > 1:
             return above
         recipe = self.run.recipe
         snn = self.run.spiking(above)
         if fresh:
-            size = min(recipe.calibration_images, len(self.train))
-            images, _ = next(self._batches(size, seed=mix(recipe.seed, self.index, -1)))
+            images = calibration_images(recipe, self.train)
             steps = recipe.calibration_steps or self.stage.steps or 1
             calibrate_(
                 snn.to(self.device),
                 images.to(self.device),
                 steps=steps,
+                thresholds=recipe.thresholds,
                 percentile=recipe.percentile,
                 scale=recipe.scale,
+                refresh_norms=True,
             )
         return snn
-
-    def _batches(self, size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        r = self.run.recipe
-        return self.train.batches(size, seed=seed, start=start, augment=r.augment, padding=r.padding)
 
     def climb(self, stop: Callable[[], bool]) -> bool:
         """Train until the stage is finished and its file is written, or until `stop()`: then the state is saved and
@@ -196,7 +292,9 @@ class _Fit:
             while self.step < self.total:
                 epoch, position = divmod(self.step, self.per_epoch)
                 order = mix(recipe.seed, self.index, epoch)
-                batches = self._batches(self.stage.batch, seed=order, start=position)
+                batches = self.train.batches(
+                    self.stage.batch, seed=order, start=position, augment=recipe.augment, padding=recipe.padding
+                )
                 clock = time.monotonic()
                 for images, labels in batches:
                     self._optimise(images, labels)
@@ -274,7 +372,7 @@ class _Fit:
         }
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 1)}
         if isinstance(self.net, Spiking):
-            row["thresholds"] = [round(lif.threshold.item(), 5) for lif in self.net.lifs.values()]
+            row["thresholds"] = [round(lif.threshold.mean().item(), 5) for lif in self.net.lifs.values()]
             row["leaks"] = [round(lif.leak.item(), 5) for lif in self.net.lifs.values()]
         self.run.write_log(row)
 

@@ -93,7 +93,7 @@ def measure(
     if not images_seen:
         raise ValueError("there are no images to measure on")
     layers = tuple(
-        _layer(name, lif.threshold.item(), lif.leak.item(), counts[name], images_seen, steps or 1)
+        _layer(name, lif.threshold.mean().item(), lif.leak.item(), counts[name], images_seen, steps or 1)
         for name, lif in lifs.items()
     )
     neurons = sum(layer.neurons for layer in layers)

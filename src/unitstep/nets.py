@@ -6,6 +6,7 @@ have no bias: a batch norm has its own, and without one the thresholds take over
 uint8 images; its first module is `Normalize`.
 """
 
+import importlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal
@@ -72,6 +73,21 @@ def build(
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return net
+
+
+def imported(place: str) -> nn.Module:
+    """The network that "package.module:function" names, made by calling the function. ValueError if there is none."""
+    module, _, function = place.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"the network {place!r} cannot be made: {error}. It means function {function!r}, called without "
+            f"arguments, of module {module!r}, which must be importable from here (current folder or PYTHONPATH)"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{place!r} gave a {type(made).__name__}, not a torch.nn.Module")
+    return made
 
 
 def _pool(kind: str) -> nn.Module:

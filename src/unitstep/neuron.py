@@ -157,22 +157,41 @@ class _Fire(torch.autograd.Function):
         return to_current, to_V.to(threshold.dtype), to_leak.to(leak.dtype), None, None, None
 
 
+def _fire_layer(
+    current: Tensor, threshold: Tensor, leak: Tensor, steps: int, rows: int, height: str, initial: float
+) -> Tensor:
+    """Current [rows·B, …] → spikes [T·B, …] in the same memory format."""
+    channels_last = current.dim() == 4 and current.is_contiguous(memory_format=torch.channels_last)
+    nhwc = channels_last and not current.is_contiguous()
+    dense = current.permute(0, 2, 3, 1) if nhwc else current  # one row per step, in memory order: nothing is copied
+    flat = dense.reshape(rows, dense.numel() // rows)
+    fired: Tensor = _Fire.apply(flat, threshold, leak, steps, height, initial)  # type: ignore[no-untyped-call]
+    spikes = fired.view(dense.shape[0] // rows * steps, *dense.shape[1:])
+    return spikes.permute(0, 3, 1, 2) if nhwc else spikes
+
+
+def _channels(x: Tensor, like: Tensor) -> Tensor:
+    """[C] → [1, C, 1, …] with as many dimensions as `like`."""
+    return x.view(1, -1, *[1] * (like.dim() - 2))
+
+
 class LIF(nn.Module):
     """A layer of leaky integrate-and-fire neurons with one learnable threshold and one learnable leak (equations: this
     module's docstring).
 
-    threshold: V > 0, in the unit of the current.  leak: λ in (0, 1]; 1 forgets nothing.  height: what a spike is worth
-    downstream, 1 or V.
+    threshold: V > 0, in the unit of the current; a tensor [C] gives each channel (dimension 1) its own.  leak: λ in
+    (0, 1]; 1 forgets nothing.  height: what a spike is worth downstream, 1 or V.
     initial: U(0) in units of V (0.5 turns the rounding of a T-step response from floor into nearest).
     Integration is in fp32 for fp32, bf16 and fp16 currents and in fp64 for fp64 ones. No state survives a call.
     """
 
     def __init__(
-        self, threshold: float = 1.0, leak: float = 1.0, *, height: Height = "unit", initial: float = 0.0
+        self, threshold: float | Tensor = 1.0, leak: float = 1.0, *, height: Height = "unit", initial: float = 0.0
     ) -> None:
         super().__init__()
-        if not threshold > 0:
-            raise ValueError(f"threshold must be greater than 0, not {threshold}")
+        V = torch.as_tensor(threshold, dtype=torch.float32)
+        if V.dim() > 1 or not bool((V > 0).all()):
+            raise ValueError(f"threshold must be greater than 0, a number or one per channel [C], not {threshold}")
         if not 0 < leak <= 1:
             raise ValueError(f"leak must be in (0, 1], not {leak}: 1 forgets nothing, 0.9 forgets a tenth per step")
         if height not in ("unit", "threshold"):
@@ -181,7 +200,7 @@ class LIF(nn.Module):
             )
         if not 0 <= initial < 1:
             raise ValueError(f"initial must be in [0, 1), as a fraction of the threshold, not {initial}")
-        self.threshold = nn.Parameter(torch.tensor(float(threshold)))
+        self.threshold = nn.Parameter(V.detach().clone())
         self.leak = nn.Parameter(torch.tensor(float(leak)))
         self.height, self.initial = height, initial
 
@@ -199,21 +218,43 @@ class LIF(nn.Module):
                 f"current of shape {list(current.shape)} does not hold {steps} steps: its first dimension must be "
                 "steps·batch"
             )
-        nhwc = (
-            current.dim() == 4
-            and current.is_contiguous(memory_format=torch.channels_last)
-            and not current.is_contiguous()
-        )
-        dense = current.permute(0, 2, 3, 1) if nhwc else current  # one row per step, in memory order: nothing is copied
-        flat = dense.reshape(rows, dense.numel() // rows)
-        fired: Tensor = _Fire.apply(  # type: ignore[no-untyped-call]
-            flat, self.threshold, self.leak, steps, self.height, self.initial
-        )
-        spikes = fired.view(dense.shape[0] // rows * steps, *dense.shape[1:])
-        return spikes.permute(0, 3, 1, 2) if nhwc else spikes
+        if self.threshold.dim():  # one per channel: in units of its threshold every current has threshold 1
+            V = _channels(self.threshold, current)
+            spikes = _fire_layer(current / V, V.new_ones(()), self.leak, steps, rows, "unit", self.initial)
+            return (spikes * V if self.height == "threshold" else spikes).to(current.dtype)
+        return _fire_layer(current, self.threshold, self.leak, steps, rows, self.height, self.initial)
+
+    @torch.no_grad()
+    def go_on(
+        self, current: Tensor, steps: int, left: Tensor | None, *, static: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` without gradients from given membranes on: returns the spikes and the membranes after the last
+        step, [B, …], to be given to the next call.
+
+        left: None is where a fresh layer starts. Per-channel thresholds have membranes in units of the threshold.
+        """
+        now = current.unflatten(0, (1 if static else steps, -1))
+        precision = torch.promote_types(current.dtype, torch.float32)
+        V, leak = self.threshold.to(precision), self.leak.to(precision)
+        worth = V if self.height == "threshold" else torch.ones_like(V)
+        unit: Tensor | None = None
+        if V.dim():
+            unit, worth = _channels(V, now[0]), _channels(worth, now[0])
+            V = torch.ones((), dtype=precision, device=V.device)
+        if left is None and self.initial:
+            left = self.initial * V
+        spikes = []
+        for t in range(steps):
+            one = now[0 if static else t] if unit is None else now[0 if static else t] / unit
+            _, membrane, fires = next(membranes(one[None], V, leak, 1, left))
+            left = torch.where(fires, membrane - V, membrane)
+            spikes.append(torch.where(fires, worth, 0).to(current.dtype))
+        return torch.cat(spikes) if steps > 1 else spikes[0], left
 
     def extra_repr(self) -> str:
-        learned = f"threshold={self.threshold.item():.4g}, leak={self.leak.item():.4g}"
+        V = self.threshold.detach()
+        threshold = f"{V.item():.4g}" if V.dim() == 0 else f"{len(V)} of mean {V.mean().item():.4g}"
+        learned = f"threshold={threshold}, leak={self.leak.item():.4g}"
         return f"{learned}, height={self.height!r}, initial={self.initial}"
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Optimizer = Literal["sgd", "adamw", "adam-amsgrad"]
+Thresholds = Literal["percentile", "channel-percentile", "max", "mse"]
+STRATEGIES: tuple[str, ...] = get_args(Thresholds)
 Augment = Literal["none", "flip", "crop-flip", "resized-crop-flip"]
 
 
@@ -22,7 +24,8 @@ class Stage:
     steps: int | None
     """Number of timesteps T; None trains the CNN itself."""
     epochs: float
-    """Passes over the training images; fractions are allowed, at least one optimiser step is made."""
+    """Passes over the training images; fractions are allowed, at least one optimiser step is made. 0, for the CNN
+    alone: its weights are given."""
     lr: float
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
@@ -46,7 +49,8 @@ class Stage:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"a stage needs steps of 1 or more (or None for the CNN), not {self.steps}")
         for field in ("epochs", "lr", "batch", "accumulate", "factor"):
-            if not getattr(self, field) > 0:
+            given = field == "epochs" and self.steps is None and self.epochs == 0
+            if not getattr(self, field) > 0 and not given:
                 raise ValueError(f"a stage's {field} must be greater than 0, not {getattr(self, field)}")
         if self.batch % self.accumulate:
             raise ValueError(
@@ -74,7 +78,8 @@ class Recipe:
     """Images: a folder of class folders, a folder of parquet files, a Hugging Face hub name, or fashion-mini, which is
     built in."""
     net: str
-    """Network: vgg-mini, vgg-quick, vgg6, vgg16, vgg16-imagenet or resnet20."""
+    """Network: vgg-mini, vgg-quick, vgg6, vgg16, vgg16-imagenet, resnet20, or your own as package.module:function,
+    which is called without arguments and returns it."""
     stages: tuple[Stage, ...]
     """The ladder, in order; the first stage is the CNN."""
     size: int = 32
@@ -91,10 +96,16 @@ class Recipe:
     pixel_scale: tuple[float, ...] = (1 / 64,)
     """What pixel values are multiplied by after that: one for all channels or one each."""
     norm: Literal["none", "fold", "keep"] = "keep"
-    """Batch norm: none in the CNN; folded into the weights at conversion; or kept through the ladder, acting on all
-    timesteps at once."""
+    """Batch norm: none in the CNN; folded into the weights at conversion where that is exact; or kept through the
+    ladder, acting on all timesteps at once."""
     pool: Literal["avg", "max"] = "avg"
     """Pooling over 2×2 pixels."""
+    max_pool: Literal["keep", "average"] = "keep"
+    """Max pools are kept at conversion, or become average pools, which changes the function."""
+    approximate: bool = False
+    """Put neurons in the places of LeakyReLU, SiLU, GELU, Hardswish and PReLU too, though they are not ReLUs."""
+    leaf_modules: tuple[str, ...] = ()
+    """Names of modules that conversion keeps whole."""
     dropout: float = 0.0
     """Dropout probability; a spiking network uses one mask for all timesteps."""
     height: Literal["unit", "threshold"] = "threshold"
@@ -103,10 +114,13 @@ class Recipe:
     """How the last layer's output is combined over timesteps: sum (the paper's) or mean."""
     initial: float = 0.0
     """Membrane before the first timestep, in thresholds."""
+    thresholds: Thresholds = "percentile"
+    """How thresholds are found at conversion: a percentile of the layer's input current, over all channels or of each
+    alone; its maximum; or what gives the response nearest to ReLU."""
     percentile: float = 90.0
-    """Thresholds start at this percentile, 0 to 100, of the layer's input current …"""
+    """That percentile, 0 to 100."""
     scale: float = 1.0
-    """… times this factor."""
+    """What thresholds so found are multiplied by."""
     calibration_steps: int | None = None
     """Timesteps over which these currents are taken (the paper's: 500); None: those of the first spiking stage."""
     calibration_images: int = 512
@@ -224,6 +238,9 @@ _FULL = _ladder(
     Stage(1, 60, 1e-3, "adamw", 0.05, batch=128, warmup=0.1, label_smoothing=0.1),
     between=10,
 )
+_OWN = _ladder(
+    Stage(None, 0, 0.1, "sgd"), Stage(1, 20, 1e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1), between=2
+)
 _FASHION: dict[str, Any] = {"channels": 1, "size": 28, "augment": "flip", "pixel_zero": (73.0,)}
 
 _SHIPPED = (
@@ -250,6 +267,8 @@ _SHIPPED = (
         ),
     ),
 )  # fmt: skip
+
+OWN = Recipe("own", "", "", _OWN, pixel_zero=(0.0,), pixel_scale=(1 / 255,))  # a user's trained CNN and images
 
 RECIPES: dict[str, Recipe] = {shipped.name: shipped for shipped in _SHIPPED}
 RUN_TO_THE_END = frozenset(

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -127,20 +128,13 @@ class Run:
             )
         return info
 
-    def cnn(self, classes: int) -> nn.Module:
-        """The recipe's CNN, with weights drawn from its seed."""
-        r = self.recipe
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(r.seed)
-            return nets.build(
-                r.net, classes=classes, channels=r.channels, size=r.size, batch_norm=r.norm != "none", pool=r.pool,
-                dropout=r.dropout, zero_point=r.pixel_zero, scale=r.pixel_scale,
-            )  # fmt: skip
-
     def spiking(self, cnn: nn.Module) -> Spiking:
         """The structure of the recipe's spiking network; its thresholds are not set."""
         r = self.recipe
-        return spiking(cnn, height=r.height, initial=r.initial, readout=r.readout, norm=r.norm)
+        return spiking(
+            cnn, height=r.height, initial=r.initial, readout=r.readout, norm=r.norm, max_pool=r.max_pool,
+            approximate=r.approximate, leaf_modules=r.leaf_modules,
+        )  # fmt: skip
 
     def net(self, index: int) -> nn.Module:
         """The trained network of stage `index`, in evaluation mode: the CNN for the first, else a `Spiking`."""
@@ -151,11 +145,29 @@ class Run:
                 "with it"
             )
         tensors, info = self.load(path, index)
-        net = self.cnn(len(info["classes"]))
+        net = build_cnn(self.recipe, len(info["classes"]))
         if index:
             net = self.spiking(net)
+            for name, lif in net.lifs.items():
+                if (V := tensors[f"neurons.{name}.threshold"]).dim():  # one per channel
+                    lif.threshold = nn.Parameter(V)
         net.load_state_dict(tensors)
         return net.eval()
+
+
+def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
+    """The recipe's CNN, with weights drawn from its seed; a user's own with the weights that it is made with, behind
+    the `Normalize` that turns pixels into its input."""
+    r = recipe
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(r.seed)
+        if ":" in r.net:
+            normalize = nets.Normalize(r.pixel_zero, r.pixel_scale)
+            return nn.Sequential(OrderedDict(normalize=normalize, cnn=nets.imported(r.net)))
+        return nets.build(
+            r.net, classes=classes, channels=r.channels, size=r.size, batch_norm=r.norm != "none", pool=r.pool,
+            dropout=r.dropout, zero_point=r.pixel_zero, scale=r.pixel_scale,
+        )  # fmt: skip
 
 
 def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
