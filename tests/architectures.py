@@ -1,5 +1,5 @@
-"""Small networks written the way torchvision and timm write them, as a user's own code would be: what conversion meets in
-practice. Nothing of `unitstep` in it.
+"""Small networks written the way torchvision and timm write them: what conversion meets in practice. Nothing of
+`unitstep` in it.
 """
 
 from collections.abc import Callable
@@ -532,28 +532,29 @@ def has_max_pool(net: nn.Module) -> bool:
     return any(isinstance(module, nn.MaxPool1d | nn.MaxPool2d) for module in net.modules())
 
 
-def randomise_norms_(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch norms with statistics and affine parameters as after some training, in place."""
+def randomise_(net: nn.Module, seed: int = 0) -> nn.Module:
+    """In place: weights that pass a signal on through all layers, and batch norms as after some training."""
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(like: Tensor, low: float, high: float) -> Tensor:
-        return torch.rand(like.shape, generator=generator).to(like) * (high - low) + low
+    def uniform(x: Tensor | None, low: float, high: float) -> None:
+        if x is not None:
+            x.copy_(torch.rand(x.shape, generator=generator) * (high - low) + low)
 
     with torch.no_grad():
-        for norm in net.modules():
-            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-                norm.running_mean.copy_(uniform(norm.running_mean, -0.3, 0.3))
-                norm.running_var.copy_(uniform(norm.running_var, 0.2, 1.5))
-                norm.weight.copy_(uniform(norm.weight, 0.5, 1.5))
-                norm.bias.copy_(uniform(norm.bias, -0.2, 0.4))
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                uniform(module.running_mean, -0.3, 0.3)
+                uniform(module.running_var, 0.5, 1.5)
+                uniform(module.weight, 0.5, 1.5)
+                uniform(module.bias, -0.1, 0.3)
+            elif hasattr(module, "weight"):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+                uniform(module.bias, -0.1, 0.2)
     return net
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
-    """A network with random weights and norms, in fp64, in evaluation mode, and three images for it."""
+    """A network in fp64 and in evaluation mode, and three images for it."""
     factory, shape = ARCHITECTURES[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = randomise_norms_(factory(), seed).double().eval()
-        images = torch.rand(3, *shape, dtype=torch.float64)
-    return net, images
+    images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return randomise_(factory(), seed).double().eval(), images

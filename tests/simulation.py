@@ -1,4 +1,4 @@
-"""Any CNN as a spiking network, simulated by running its own Python code once per timestep; nothing of `unitstep` in it.
+"""Any CNN as a spiking network, by running its own Python code once per timestep; nothing of `unitstep` in it.
 
 The user's module is not traced or rewritten: its forward runs as it stands, with the images as its input at every step.
 While it runs, the n-th rectifying call of a pass does not rectify, but gives its input, as a current, to the n-th layer

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its tables are those of the records."""
+"""The Python of the README and of the page on conversion runs as it stands; tables are those of the records."""
 
 import json
 import re
@@ -10,17 +10,18 @@ from benchmarks.record import RECORDS, table
 from unitstep.recipes import RUN_TO_THE_END
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+CONVERSION = README.parent / "docs" / "conversion.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text() + CONVERSION.read_text(), re.DOTALL)
 
 
-def test_there_is_a_snippet():
-    assert SNIPPETS
+def test_there_are_snippets():
+    assert len(SNIPPETS) == 2
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(snippet, "documentation", "exec"), {"__name__": "__main__"})
 
 
 def test_tables_are_those_of_the_records():

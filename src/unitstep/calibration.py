@@ -52,16 +52,16 @@ def to_spiking(
     """A spiking copy of `cnn`, which stays untouched, with thresholds found on `images` [B, C, H, W], and a `.report`
     of what became of each operation.
 
-    steps: the T at which the network is going to be used; thresholds are found at T (or `calibration_steps`), and the
-    report's spike rates and errors are those at T.
-    thresholds, percentile, scale: see `calibrate_`.  height, initial, readout, norm, max_pool, approximate,
-    leaf_modules: see `spiking`. Raises ConversionError, a ValueError, which names all operations that do not convert;
-    ValueError for other wrong input.
+    steps: the T at which the network is going to be used, and for which thresholds are found; the report's spike rates
+    and errors are those at T.
+    thresholds, percentile, scale, calibration_steps: see `calibrate_`.  height, initial, readout, norm, max_pool,
+    approximate, leaf_modules: see `spiking`. Raises ConversionError, a ValueError, which names all operations that do
+    not convert; ValueError for other wrong input.
     """
     options: dict[str, Any] = {"height": height, "initial": initial, "readout": readout, "norm": norm}
     snn = spiking(cnn, max_pool=max_pool, approximate=approximate, leaf_modules=leaf_modules, **options)
     find = {"thresholds": thresholds, "percentile": percentile, "scale": scale}
-    calibrate_(snn, images, steps=calibration_steps or steps, **find)  # type: ignore[arg-type]
+    calibrate_(snn, images, steps=steps, calibration_steps=calibration_steps, **find)  # type: ignore[arg-type]
     _describe(snn, trace(cnn, leaf_modules), images[:REPORTED], check_steps(steps))
     return snn
 
@@ -72,14 +72,16 @@ def calibrate_(
     images: Tensor,
     *,
     steps: int,
+    calibration_steps: int | None = None,
     thresholds: Thresholds = "percentile",
     percentile: float = 90.0,
     scale: float = 1.0,
     refresh_norms: bool = False,
     window: int = 10,
 ) -> Spiking:
-    """Set every threshold of `snn` from the currents I that `images` [B, C, H, W] cause at `steps` timesteps, in place,
-    layer by layer: earlier layers already spike. V = scale · V₀, and with `thresholds`
+    """Set every threshold of `snn`, for use at T = `steps`, from the currents I that `images` [B, C, H, W] cause over
+    `calibration_steps` (None: T), in place, layer by layer: earlier layers already spike. V = scale · V₀, and with
+    `thresholds`
 
     - "percentile": V₀ = max over the steps of the `percentile`-th percentile of I over all neurons and images (nearest
       rank). The paper's (arXiv 2110.05929): 90 at 500 steps; DIET-SNN's (2008.03658): 99.7, scale 0.2 to 0.6.
@@ -94,6 +96,7 @@ def calibrate_(
     layers. Warns with the name of a layer that emits no spike.
     """
     check_steps(steps)
+    over = check_steps(calibration_steps or steps)
     if thresholds not in STRATEGIES:
         raise ValueError(f"thresholds must be one of {', '.join(STRATEGIES)}, not {thresholds!r}")
     if not 0 < percentile <= 100:
@@ -110,7 +113,7 @@ def calibrate_(
     for norm in norms:  # use and remember the statistics of these images
         norm.train()
         norm.momentum = 1.0
-    sweep = _Sweep(snn, images, [min(window, steps - start) for start in range(0, steps, window)])
+    sweep = _Sweep(snn, images, [min(window, over - start) for start in range(0, over, window)])
     try:
         for name, lif in snn.lifs.items():
             row = snn.report[name]

@@ -271,11 +271,11 @@ class _Fit:
         snn = self.run.spiking(above)
         if fresh:
             images = calibration_images(recipe, self.train)
-            steps = recipe.calibration_steps or self.stage.steps or 1
             calibrate_(
                 snn.to(self.device),
                 images.to(self.device),
-                steps=steps,
+                steps=self.stage.steps or 1,
+                calibration_steps=recipe.calibration_steps,
                 thresholds=recipe.thresholds,
                 percentile=recipe.percentile,
                 scale=recipe.scale,

@@ -121,7 +121,11 @@ class Run:
         return int(_read_info(self.state_path).get("index", -1)) if self.state_path.exists() else None
 
     def _check(self, path: Path, info: dict[str, Any], index: int) -> dict[str, Any]:
-        if info.get("recipe") != self.recipe.to_dict() or info.get("index") != index:
+        try:
+            same = recipe_from_dict(info["recipe"]) == self.recipe  # fields that came later have their defaults
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same or info.get("index") != index:
             raise ValueError(
                 f"{path} does not belong to this run and stage; it was not loaded: move it away to train that stage "
                 "again"

@@ -1,0 +1,170 @@
+"""Accuracy by conversion alone, without any training, against the number of timesteps: each threshold strategy, and a
+rate code.
+
+    python benchmarks/conversion.py RUN --data IMAGES      goes on with benchmarks/records/conversion.json
+
+RUN is a run folder whose CNN is trained. Everything is measured on validation images: strategies are chosen here.
+The record is written after every figure; the same command goes on. Then it writes the table and the picture
+(docs/conversion-table.md, docs/conversion.png).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unitstep.calibration import calibrate_, unroll
+from unitstep.conversion import spiking
+from unitstep.data import Split, load_train
+from unitstep.ladder import calibration_images
+from unitstep.measurement import wilson
+from unitstep.runs import Run, provenance, write_json
+
+HERE = Path(__file__).parent
+RECORD = HERE / "records" / "conversion.json"
+STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
+RATE_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 250, 500, 1000, 1500, 2000, 2500)
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "percentile 90 (the paper's)": {"thresholds": "percentile", "percentile": 90.0},
+    "percentile 99.7 × 0.4 (DIET-SNN's)": {"thresholds": "percentile", "percentile": 99.7, "scale": 0.4},
+    "percentile 99 per channel": {"thresholds": "channel-percentile", "percentile": 99.0},
+    "maximum": {"thresholds": "max"},
+    "least squares": {"thresholds": "mse"},
+}
+RATE = "rate code, percentile 99.7"
+CALIBRATION_STEPS = 8  # at most: currents of later steps differ little, and time grows with their square
+
+
+def batches(split: Split, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    seen = 0
+    for x, y in split.batches(250):
+        yield x[: images - seen].contiguous(memory_format=torch.channels_last), y[: images - seen]
+        seen += len(x)
+        if seen >= images:
+            return
+
+
+@torch.no_grad()
+def right_at(snn: Any, split: Split, images: int, marks: tuple[int, ...], rate: bool) -> dict[int, int]:
+    """Images whose class has the largest summed output after each number of steps in `marks`."""
+    right = dict.fromkeys(marks, 0)
+    generator = torch.Generator().manual_seed(0)
+    for x, y in batches(split, images):
+
+        def frames(x: Tensor = x) -> Iterator[Tensor]:
+            for _ in range(max(marks)):  # a pixel is white with a probability of its brightness, else black
+                draw = torch.randint(255, x.shape, generator=generator)
+                yield ((draw < x) * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last) if rate else x
+
+        total: Any = 0
+        for t, output in enumerate(unroll(snn, frames()), 1):
+            total = total + output
+            if t in right:
+                right[t] += int((total.argmax(1) == y).sum())
+    return right
+
+
+def measure(run: Run, data: str | None, images: int, rate_images: int) -> dict[str, Any]:
+    r = run.recipe
+    train, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment)
+    images, rate_images = min(images, len(val)), min(rate_images, len(val))
+    cnn = run.net(0).to(memory_format=torch.channels_last)
+    found: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    recipe = {**r.to_dict(), "data": Path(r.data).name}
+    if found.get("recipe", recipe) != recipe or found.get("images", images) != images:
+        raise ValueError(f"{RECORD} is of another run or number of images: move it away")
+    with torch.no_grad():
+        right = sum(int((cnn(x).argmax(1) == y).sum()) for x, y in batches(val, images))
+    found |= {"schema": 1, "recipe": recipe, "images": images, "cnn_accuracy": 100 * right / images, **provenance()}
+    rows: list[dict[str, Any]] = found.setdefault("rows", [])
+    done = {(row["strategy"], row["initial"], row["steps"]) for row in rows}
+    calibration = calibration_images(r, train).contiguous(memory_format=torch.channels_last)
+
+    def add(strategy: str, initial: float, n: int, right: dict[int, int], seconds: float) -> None:
+        for steps, hits in right.items():
+            row = {"strategy": strategy, "initial": initial, "steps": steps, "images": n, "accuracy": 100 * hits / n}
+            rows.append({**row, "interval": wilson(hits, n), "seconds": round(seconds, 1)})
+            print(
+                f"{strategy:36} initial {initial:3} T={steps:<5} {100 * hits / n:6.2f} %  {seconds:.0f} s", flush=True
+            )
+        write_json(RECORD, found)
+
+    for steps in STEPS:
+        for strategy, options in STRATEGIES.items():
+            for initial in (0.0, 0.5):
+                if (strategy, initial, steps) in done:
+                    continue
+                started = time.perf_counter()
+                snn = spiking(cnn, initial=initial)
+                calibrate_(snn, calibration, steps=steps, calibration_steps=min(steps, CALIBRATION_STEPS), **options)
+                right = right_at(snn, val, images, (steps,), rate=False)
+                add(strategy, initial, images, right, time.perf_counter() - started)
+    if (RATE, 0.0, max(RATE_STEPS)) not in done and rate_images:
+        started = time.perf_counter()
+        snn = calibrate_(spiking(cnn), calibration, steps=CALIBRATION_STEPS, percentile=99.7)
+        add(
+            RATE,
+            0.0,
+            rate_images,
+            right_at(snn, val, rate_images, RATE_STEPS, rate=True),
+            time.perf_counter() - started,
+        )
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Validation accuracy in percent: one line per strategy and initial membrane, one column per T."""
+    columns = [steps for steps in RATE_STEPS if any(row["steps"] == steps for row in found["rows"])]
+    lines = [
+        f"| thresholds | initial | {' | '.join(f'T = {t}' for t in columns)} |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for strategy, initial in dict.fromkeys((row["strategy"], row["initial"]) for row in found["rows"]):
+        mine = {
+            r["steps"]: r["accuracy"] for r in found["rows"] if (r["strategy"], r["initial"]) == (strategy, initial)
+        }
+        cells = [f"{mine[t]:.1f}" if t in mine else "" for t in columns]
+        lines.append(f"| {strategy} | {initial:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    colours = {name: f"C{number}" for number, name in enumerate([*STRATEGIES, RATE])}
+    for strategy, initial in dict.fromkeys((row["strategy"], row["initial"]) for row in found["rows"]):
+        mine = [row for row in found["rows"] if (row["strategy"], row["initial"]) == (strategy, initial)]
+        label = strategy if initial == 0 else f"{strategy}, initial {initial:g}"
+        x, y = [row["steps"] for row in mine], [row["accuracy"] for row in mine]
+        axis.plot(x, y, "-" if initial == 0 else "--", color=colours[strategy], label=label, linewidth=1.3)
+    axis.axhline(found["cnn_accuracy"], color="black", linewidth=0.8, label="CNN")
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("timesteps T")
+    axis.set_ylabel("validation accuracy by conversion alone, %")
+    axis.legend(fontsize=6.5)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", help="where the images are, if no longer where the run's recipe says")
+    parser.add_argument("--images", type=int, default=1000, help="validation images per figure (default 1000)")
+    parser.add_argument("--rate-images", type=int, default=1000, help="the same for the rate code; 0 leaves it out")
+    options = parser.parse_args()
+    found = measure(Run(options.run), options.data, options.images, options.rate_images)
+    (HERE.parent / "docs" / "conversion-table.md").write_text(table(found))
+    draw(found, HERE.parent / "docs" / "conversion.png")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

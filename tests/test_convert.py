@@ -1,0 +1,155 @@
+"""A user's own CNN becomes a run: `unitstep convert`, then `unitstep train --from`."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from unitstep import Run, load
+from unitstep.cli import main
+from unitstep.ladder import convert
+from unitstep.recipes import OWN
+
+NET = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Net(nn.Module):
+    def __init__(self, classes=10):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x):
+        x = self.relu(self.b(self.relu(self.a(x))))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class Gated(Net):
+    def forward(self, x):
+        x = self.relu(self.a(x))
+        x = F.silu(self.b(x * torch.sigmoid(x)))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+def build():
+    torch.manual_seed(0)
+    return Net()
+
+
+def eleven():
+    return Net(11)
+
+
+gated = Gated
+number = 3
+"""
+FASHION = ["--data", "fashion-mini", "--size", "28", "--channels", "1", "--threads", "1", "--calibration-images", "64"]
+SHORT = [part for index in range(1, 6) for part in (f"--stages.{index}.epochs", "0.02")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a user who has mynet.py in it."""
+    (tmp_path / "mynet.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("mynet", None)
+    return tmp_path
+
+
+def test_own_cnn_from_conversion_to_one_timestep(folder, capsys, monkeypatch):
+    sys.path.append(str(folder))
+    from mynet import Net
+
+    torch.manual_seed(1)
+    cnn = Net()
+    save_file(cnn.state_dict(), folder / "w.safetensors")
+    arguments = ["convert", "mynet:build", "--weights", "w.safetensors", "--out", "runs/mine", *FASHION, *SHORT]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "cnn_relu_1" in printed.out
+    assert "by conversion alone at T = 5" in printed.out
+    assert "unitstep train --from runs/mine" in printed.err
+    assert (folder / "runs/mine/currents.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((folder / "runs/mine/conversion.json").read_text())
+    assert [row["became"] for row in found["report"]["rows"]].count("neuron") == 2
+    assert found["report"]["steps"] == 5
+    stored = Run("runs/mine").net(0).state_dict()
+    assert all(torch.equal(stored[f"cnn.{name}"], tensor) for name, tensor in cnn.state_dict().items())
+    assert Run("runs/mine").recipe.net == "mynet:build"
+
+    assert main(["train", "--from", "runs/mine", "--threads", "1"]) == 0
+    assert [stage.stage.name for stage in Run("runs/mine").stages] == ["cnn", "t5", "t4", "t3", "t2", "t1"]
+    assert main(["measure", "runs/mine", "--threads", "1"]) == 0
+    assert "T=1" in capsys.readouterr().out
+    assert load("runs/mine", steps=1)(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 10)
+
+    assert main(arguments) == 1
+    assert "is a run already: go on with unitstep train --from" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(folder)])
+    sys.modules.pop("mynet")
+    with pytest.raises(ValueError, match="'mynet:build' cannot be made: No module named 'mynet'.*must be importable"):
+        load("runs/mine", steps=1)
+
+
+def test_train_from_goes_on_with_any_run(unbroken, tmp_path, capsys):
+    assert main(["train", "--from", str(unbroken.path)]) == 0
+    assert "is done" in capsys.readouterr().err
+    assert main(["train", "--from", str(unbroken.path), "--seed", "5"]) == 1
+    assert "seed: 0 → 5" in capsys.readouterr().err
+    assert main(["train", "--from", str(tmp_path)]) == 1
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_what_does_not_convert_is_shown_in_the_report_and_nothing_is_written(folder, capsys):
+    assert main(["convert", "mynet:gated", "--out", "runs/gated", *FASHION]) == 1
+    printed = capsys.readouterr()
+    assert "3 operations do not convert" in printed.err
+    for line in ("sigmoid", "mul", "silu"):
+        assert "refused" in next(row for row in printed.out.splitlines() if row.startswith(line))
+    assert "mynet.py:22" in printed.out
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "mynet:eleven", *FASHION], "gives [2, 11] for 2 images, but logits of the 10 classes"),
+        (["convert", "mynet:nothing", *FASHION], "has no attribute 'nothing'"),
+        (["convert", "mynet:number", *FASHION], "'int' object is not callable"),
+        (["convert", "mynet:build", "--size", "28", "--channels", "1"], "give --data"),
+        (["convert", "mynet:build", *FASHION, "--weights", "mynet.py"], "is not a safetensors file"),
+        (["convert", "mynet:build", *FASHION, "--weights", "wrong.safetensors"], "does not fit the network"),
+        (["convert", "mynet:build", *FASHION, "--leaf-modules", "c"], "no module named 'c'"),
+    ],
+)
+def test_errors_say_what_is_wrong(folder, capsys, arguments, message):
+    save_file({"x": torch.zeros(1)}, folder / "wrong.safetensors")
+    assert main([*arguments, "--out", "runs/x"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (folder / "runs").exists()
+
+
+def test_usage_without_a_network(capsys):
+    assert main(["convert"]) == 2
+    assert main(["convert", "mynet"]) == 2
+    assert "MODULE:FUNCTION" in capsys.readouterr().err
+
+
+def test_a_recipe_without_cnn_epochs_needs_a_converted_cnn(folder):
+    from unitstep import train
+
+    sys.path.append(str(folder))
+    recipe = replace(OWN, net="mynet:build", data="fashion-mini", size=28, channels=1)
+    with pytest.raises(ValueError, match="has no CNN and the recipe does not train one: unitstep convert"):
+        train(recipe, folder / "run")
+    with pytest.raises(ValueError, match="has no spiking stage"):
+        convert(replace(recipe, stages=recipe.stages[:1]), folder / "other")
