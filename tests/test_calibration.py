@@ -1,0 +1,193 @@
+"""Thresholds: each strategy against its formula; the report's numbers; watching; one step after another."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from unitstep import LIF, nets, record, to_spiking
+from unitstep.calibration import calibrate_, unroll
+from unitstep.conversion import spiking
+
+IMAGES = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def plain(cap: float | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    relus = [nn.ReLU() if cap is None else nn.Hardtanh(0, cap) for _ in range(2)]
+    layers = [nn.Conv2d(3, 4, 3), relus[0], nn.Conv2d(4, 4, 3), relus[1], nn.Flatten(), nn.Linear(64, 2)]
+    return nn.Sequential(*layers).eval()
+
+
+@torch.no_grad()
+def simulated(cnn: nn.Sequential, V: torch.Tensor, steps: int, initial: float = 0.0) -> torch.Tensor:
+    """The second neuron layer's current at each step, [steps, B, C, H, W], by hand."""
+    current = cnn[0](IMAGES)
+    U, currents = initial * V * torch.ones_like(current), []
+    for _ in range(steps):
+        U = U + current
+        spikes = (U > V).float()
+        U = U - V * spikes
+        currents.append(cnn[2](spikes * V))
+    return torch.stack(currents)
+
+
+def test_per_channel_percentiles():
+    cnn = plain()
+    snn = to_spiking(cnn, IMAGES, steps=2, thresholds="channel-percentile", percentile=80)
+    first, second = (lif.threshold for lif in snn.lifs.values())
+    by_channel = cnn[0](IMAGES).transpose(0, 1).flatten(1)
+    peaks = by_channel.quantile(0.8, dim=1, interpolation="nearest")
+    assert (peaks < 0).any()
+    torch.testing.assert_close(first, torch.where(peaks > 0, peaks, 0.1))
+    later = simulated(cnn, first.detach()[:, None, None], 2).transpose(1, 2).flatten(2)
+    peaks = later.quantile(0.8, dim=2, interpolation="nearest").amax(0)
+    torch.testing.assert_close(second, torch.where(peaks > 0, peaks, 0.1))
+    assert snn.report["_1"].found == "percentile 80 per channel"
+
+
+def test_maximum_and_scale():
+    cnn = plain()
+    snn = to_spiking(cnn, IMAGES, steps=3, thresholds="max", scale=0.5)
+    first, second = (lif.threshold for lif in snn.lifs.values())
+    assert first.item() == pytest.approx(0.5 * cnn[0](IMAGES).max().item())
+    assert second.item() == pytest.approx(0.5 * simulated(cnn, first.detach(), 3).max().item())
+    assert snn.report["_1"].found == "maximum × 0.5"
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_least_squares_is_near_the_best_of_a_finer_search(steps, initial):
+    """Against the simulated response to a constant current, for many more thresholds than are tried."""
+    cnn = plain()
+    snn = to_spiking(cnn, IMAGES, steps=steps, thresholds="mse", initial=initial)
+    x = cnn[0](IMAGES).detach().double().flatten()
+
+    def error(V: float) -> float:
+        U, spikes = initial * V * torch.ones_like(x), torch.zeros_like(x)
+        for _ in range(steps):
+            U = U + x
+            spikes, U = spikes + (U > V), U - V * (U > V)
+        return (x.relu() - V * spikes / steps).square().mean().item()
+
+    best = min(error(V) for V in torch.linspace(0.002, 1, 700).double().mul(x.max()).tolist())
+    found = next(iter(snn.lifs.values())).threshold.item()
+    assert error(found) <= 1.01 * best
+    assert snn.report["_1"].found == "least squares"
+
+
+def test_a_cap_limits_the_threshold():
+    snn = to_spiking(plain(cap=0.1), IMAGES, steps=4, thresholds="max")
+    assert [lif.threshold.item() for lif in snn.lifs.values()] == pytest.approx([0.1, 0.1])
+    assert snn.report["_1"].found == "cap"
+    assert snn.report["_1"].became == "neuron, capped at 0.1"
+    low = to_spiking(plain(cap=50), IMAGES, steps=4, thresholds="max")
+    assert low.report["_1"].found == "maximum"
+
+
+def test_calibration_over_other_steps_than_those_of_use():
+    snn = to_spiking(plain(), IMAGES, steps=2, calibration_steps=6, thresholds="max")
+    same = to_spiking(plain(), IMAGES, steps=6, thresholds="max")
+    assert [lif.threshold.item() for lif in snn.lifs.values()] == [lif.threshold.item() for lif in same.lifs.values()]
+    assert snn.report.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thresholds": "median"}, "thresholds must be one of percentile, channel-percentile, max, mse"),
+        ({"percentile": 0}, r"percentile must be in \(0, 100\]"),
+        ({"scale": -1}, "scale must be greater than 0"),
+        ({"calibration_steps": 1.5}, "steps must be a whole number"),
+        ({"initial": 1.0}, r"initial must be in \[0, 1\)"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        to_spiking(plain(), IMAGES, **options)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        to_spiking(plain(), IMAGES[:0])
+
+
+def test_kept_batch_norms_keep_the_cnns_statistics_unless_asked():
+    cnn = nets.build("vgg-mini", classes=3, size=16)
+    images = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8)
+    snn = to_spiking(cnn, images, steps=2)
+    assert torch.equal(snn.get_submodule("norm2").running_mean, cnn.get_submodule("norm2").running_mean)
+    refreshed = calibrate_(spiking(cnn), images, steps=2, refresh_norms=True)
+    assert not torch.equal(refreshed.get_submodule("norm2").running_mean, cnn.get_submodule("norm2").running_mean)
+
+
+def test_the_report_has_rates_and_errors_and_is_plain_data():
+    cnn = plain()
+    snn = to_spiking(cnn, IMAGES, steps=4, thresholds="max")
+    report = snn.report
+    assert [row.kind for row in report.rows] == [*(type(layer).__name__ for layer in cnn), "readout"]
+    assert [row.shape for row in report.rows][:2] == [(4, 6, 6), (4, 6, 6)]
+    with record(snn) as spikes, torch.no_grad():
+        logits = snn(IMAGES, steps=4)
+        wanted = cnn(IMAGES)
+    for name, layer in spikes.items():
+        assert report[name].rate == pytest.approx(layer.rate)
+    assert report.rows[-1].error == pytest.approx((logits - wanted).norm().item() / wanted.norm().item(), rel=1e-4)
+    assert report["_0"].error == pytest.approx(0, abs=1e-6)
+    assert json.loads(json.dumps(report.to_dict()))["rows"][1]["became"] == "neuron"
+    lines = str(report).splitlines()
+    assert len(lines) == len(report.rows) + 2
+    assert lines[0].split() == ["operation", "kind", "output", "became", "threshold", "found", "by", "spikes", "error"]
+    other = to_spiking(cnn, IMAGES, steps=4, height="unit")
+    assert all(row.error is None for row in other.report.rows)
+
+
+def test_recording_changes_nothing_and_stops():
+    snn = to_spiking(plain(), IMAGES, steps=3)
+    before = snn(IMAGES, steps=3)
+    with record(snn) as spikes:
+        assert torch.equal(snn(IMAGES, steps=3), before)
+    first, second = spikes.values()
+    assert first.current.shape == (1, 16, 4, 6, 6)
+    assert second.current.shape == (3, 16, 4, 4, 4)
+    assert first.spikes.shape == (3, 16, 4, 6, 6)
+    assert torch.equal(first.spikes[0], first.current[0] > first.threshold)
+    assert first.count.tolist() == first.spikes.sum((1, 2, 3, 4)).tolist()
+    snn(IMAGES, steps=1)
+    assert first is spikes["_1"]
+
+
+@pytest.mark.parametrize("thresholds", ["percentile", "channel-percentile"])
+@pytest.mark.parametrize("initial", [0.0, 0.5])
+def test_one_step_after_another_is_all_at_once(thresholds, initial):
+    cnn = nets.build("vgg-mini", classes=3, size=16).double().eval()
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    snn = to_spiking(cnn, images, steps=5, thresholds=thresholds, initial=initial)
+    steps = torch.stack(list(unroll(snn, [images] * 5)))
+    with torch.no_grad():
+        torch.testing.assert_close(steps.mean(0), snn(images, steps=5))
+        torch.testing.assert_close(steps[0], snn(images, steps=1))
+
+
+def test_a_threshold_per_channel_is_a_neuron_layer_per_channel():
+    """Spikes and gradients, against one LIF for each channel."""
+    generator = torch.Generator().manual_seed(0)
+    current = torch.randn(3 * 2, 2, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(3 * 2, 2, 5, dtype=torch.float64, generator=generator)
+    V = torch.tensor([0.5, 1.25])
+    for height in ("unit", "threshold"):
+        together = LIF(V, 0.75, height=height, initial=0.25)
+        apart = [LIF(v.item(), 0.75, height=height, initial=0.25) for v in V]
+        out = together(current, 3)
+        single = torch.stack([lif(current[:, c].contiguous(), 3) for c, lif in enumerate(apart)], 1)
+        torch.testing.assert_close(out, single)
+        (grad,) = torch.autograd.grad((out * weight).sum(), current, retain_graph=True)
+        (expected,) = torch.autograd.grad((single * weight).sum(), current, retain_graph=True)
+        torch.testing.assert_close(grad, expected)
+        (out * weight).sum().backward(inputs=[together.threshold])
+        (single * weight).sum().backward(inputs=[lif.threshold for lif in apart])
+        torch.testing.assert_close(together.threshold.grad, torch.stack([lif.threshold.grad for lif in apart]))
+    assert "2 of mean 0.875" in repr(together)
+    with pytest.raises(ValueError, match="threshold must be greater than 0"):
+        LIF(torch.tensor([1.0, 0.0]))
