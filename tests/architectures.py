@@ -512,7 +512,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "vgg_bn-average": (lambda: VGG(AVERAGE, batch_norm=True), IMAGE),
     "resnet-basic": (lambda: ResNet(BasicBlock, (1, 2), nn.MaxPool2d(3, 2, 1)), IMAGE),
     "resnet-basic-average": (lambda: ResNet(BasicBlock, (1, 1), nn.AvgPool2d(3, 2, 1)), IMAGE),
-    "resnet-bottleneck": (lambda: ResNet(Bottleneck, (1, 2), nn.Identity()), IMAGE),
+    "resnet-bottleneck": (lambda: ResNet(Bottleneck, (1, 1), nn.Identity()), IMAGE),
     "mobilenet_v2": (MobileNetV2, IMAGE),
     "densenet": (DenseNet, IMAGE),
     "shufflenet_v2": (lambda: ShuffleNetV2(nn.MaxPool2d(3, 2, 1)), IMAGE),
@@ -547,7 +547,7 @@ def randomise_(net: nn.Module, seed: int = 0) -> nn.Module:
                 uniform(module.running_var, 0.5, 1.5)
                 uniform(module.weight, 0.5, 1.5)
                 uniform(module.bias, -0.1, 0.3)
-            elif hasattr(module, "weight"):
+            elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
                 uniform(module.bias, -0.1, 0.2)
     return net

@@ -96,7 +96,7 @@ def test_own_cnn_from_conversion_to_one_timestep(folder, capsys, monkeypatch):
     assert "is a run already: go on with unitstep train --from" in capsys.readouterr().err
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(folder)])
     sys.modules.pop("mynet")
-    with pytest.raises(ValueError, match="'mynet:build' cannot be made: No module named 'mynet'.*must be importable"):
+    with pytest.raises(ValueError, match=r"'mynet:build' cannot be made: No module named 'mynet'.*must be importable"):
         load("runs/mine", steps=1)
 
 

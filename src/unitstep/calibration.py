@@ -5,6 +5,7 @@ how far it is from the CNN. Knows nothing of training, data sets or files.
 import contextlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -274,12 +275,26 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
             return len(full) == len(one) and all(map(same, full, one))
         if not isinstance(full, Tensor) or full.dim() == 0 or len(full) != steps * len(one):
             return False
-        return torch.allclose(rows(full), one, rtol=1e-3, atol=1e-3 * max(1e-30, one.abs().max().item()))
+        close = {"rtol": 1e-3, "atol": 1e-3 * max(1e-30, one.abs().max().item())}
+        return rows(full).shape == one.shape and torch.allclose(rows(full), one, **close)
 
     for node in snn.graph.nodes:
         row = node.meta.get("row")
         ours = node.target in (repeat, read_out) or str(node.target).startswith("neurons.")
         timed = node.meta.get("axis") == "time"
+        if node.target is repeat:
+            value = whole.env[node.args[0]]
+            if not isinstance(value, Tensor) or value.dim() == 0 or len(value) % batch:
+                user = next(user for user in node.users).meta["row"]
+                raise ValueError(
+                    f"{snn.report.place(user)} joins {node.args[0].name}, which does not hold one row per image, with "
+                    "values at each timestep"
+                )
+        if "vectors" in node.meta and whole.env[node.args[0]].dim() != 2:
+            raise ValueError(
+                f"{snn.report.place(row)} acts on the last dimension, the batch norm {node.meta['vectors']}, which was "
+                'folded into it, on the second: use norm="keep"'
+            )
         try:
             full, one = whole.run_node(node), part.run_node(node)
         except Exception as error:  # whatever an operation raises on a shape that it was not made for
@@ -310,25 +325,33 @@ def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> 
     report, lifs, training = snn.report, snn.lifs, snn.training
     faithful = all(lif.height == "threshold" for lif in lifs.values())  # else values have other units than the CNN's
     spikes = dict.fromkeys(lifs, 0)
+    needed = Counter(node.meta.get("as", node.meta.get("row")) for node in snn.graph.nodes)  # how often each is needed
     squares: dict[str, tuple[float, float]] = {}  # sums over the images: of the difference, of the CNN's value
     snn.eval()
     for part in images.split(max(1, ROWS // steps)):
         here, there = _Stepper(snn), _values(cnn, part)
         here.args_iter = iter([part, steps])
-        name, wanted = next(there)
+        ahead: dict[str, Any] = {}  # values of the CNN that are needed later: folding and caps change the order
+        left = needed.copy()
         for node in snn.graph.nodes:
             value = here.env[node] = here.run_node(node)
             for dead in here.user_to_last_uses.get(node, []):
                 del here.env[dead]
-            row = node.meta.get("row")
-            if row is None or not isinstance(value, Tensor) or value.dim() == 0:
+            if (row := node.meta.get("row")) is None:
+                continue
+            name = node.meta.get("as", row)
+            while name not in ahead:
+                other, wanted = next(there)
+                if left[other]:
+                    ahead[other] = wanted
+            left[name] -= 1
+            wanted = ahead[name] if left[name] else ahead.pop(name)
+            if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
             timed = node.meta["axis"] == "time"
             report[row].shape = tuple(value.shape[1:])
             if row in lifs:
                 spikes[row] += int((value != 0).sum())
-            while name != node.meta.get("as", row):
-                name, wanted = next(there)
             if not faithful or not isinstance(wanted, Tensor):
                 continue
             if timed:

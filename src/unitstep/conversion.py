@@ -11,6 +11,7 @@ import inspect
 import io
 import operator
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF, Height, check_steps
@@ -222,7 +222,12 @@ IN_PLACE: dict[Any, Any] = {
     operator.itruediv: operator.truediv, "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div",
     "relu_": "relu", "clamp_": "clamp", "clip_": "clip", "clamp_min_": "clamp_min", "clamp_max_": "clamp_max",
     F.relu_: F.relu, torch.relu_: torch.relu, F.hardtanh_: F.hardtanh, F.leaky_relu_: F.leaky_relu,
-    torch.clamp_: torch.clamp,
+    torch.clamp_: torch.clamp, torch.clip_: torch.clip, torch.clamp_min_: torch.clamp_min,
+    torch.clamp_max_: torch.clamp_max,
+}  # fmt: skip
+INPLACE_FLAGS: dict[Any, int] = {  # position of their argument `inplace`
+    F.relu: 1, F.relu6: 1, F.silu: 1, F.hardswish: 1, F.hardtanh: 3, F.leaky_relu: 2, F.dropout: 3, F.dropout1d: 3,
+    F.dropout2d: 3,
 }  # fmt: skip
 VIEWS: set[Any] = {  # outputs share memory with the input
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.movedim, torch.squeeze, torch.unsqueeze,
@@ -281,6 +286,25 @@ def _bounds(node: fx.Node, module: nn.Module | None) -> tuple[Any, Any] | None:
 # ------------------------------------------------------------------------------------------------------------- tracing
 
 
+class _Proxy(fx.Proxy):  # type: ignore[misc,unused-ignore]
+    """Augmented assignment changes a tensor in place; a plain Proxy traces it as if it made a new one."""
+
+    def _note(self, function: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._note(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._note(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._note(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._note(operator.itruediv, other)
+
+
 class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
     """Notes for each operation the line that calls it, and where it was when tracing failed."""
 
@@ -288,6 +312,9 @@ class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
         super().__init__()
         self.leaf_modules = leaf_modules
         self.path = ""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return (
@@ -307,9 +334,9 @@ class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         frame = inspect.currentframe()
-        while frame is not None and not _is_users(frame.f_code.co_filename):
+        while frame is not None and frame.f_code is not trace.__code__ and not _is_users(frame.f_code.co_filename):
             frame = frame.f_back
-        if frame is not None and frame.f_code.co_name == "forward":
+        if frame is not None and frame.f_code is not trace.__code__:
             node.meta["line"] = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         return node
 
@@ -328,13 +355,12 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
             raise ValueError(f"leaf_modules: {type(cnn).__name__} has no module named {leaf!r}")
     tracer = _Tracer(leaf_modules)
     net = copy.deepcopy(cnn).eval()
-    options = {
-        name: option.default
-        for name, option in inspect.signature(net.forward).parameters.items()
-        if option.default is not option.empty
-    }
     try:
-        graph = tracer.trace(net, options)
+        arguments = inspect.signature(net.forward).parameters
+        options = {name: option.default for name, option in arguments.items() if option.default is not option.empty}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on options without an assertion of their value
+            graph = tracer.trace(net, options)
     except Exception as error:  # whatever the user's code raises when it meets a stand-in for a tensor
         raise ValueError(_untraceable(cnn, error, tracer.path)) from error
     for node in list(graph.nodes):
@@ -373,50 +399,70 @@ def _untraceable(cnn: nn.Module, error: Exception, path: str) -> str:
 
 def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
     """Let nothing be changed in place: whoever used the changed tensor afterwards uses the result. ValueError where a
-    view of it is used afterwards too."""
+    view of it is used afterwards too, or where the change is none of those in `IN_PLACE`."""
     order = {node: number for number, node in enumerate(graph.nodes)}
+    modules = {name for name, module in net.named_modules(remove_duplicate=False) if getattr(module, "inplace", False)}
+    sizes: set[fx.Node] = set()  # numbers: `n -= 1` makes a new one
+    family: dict[fx.Node, list[fx.Node]] = {}  # by the node whose memory they share
 
     def root(node: fx.Node) -> fx.Node:
-        while _what(node, _module(net, node)) in VIEWS and node.all_input_nodes:
+        while node.all_input_nodes:
+            module = _module(net, node)
+            unknown = module is not None and not type(module).__module__.startswith("torch.")  # may return its input
+            if _what(node, module) not in VIEWS and not unknown and _kind(node, module) not in STOCHASTIC_DEPTH:
+                break
             node = node.all_input_nodes[0]
         return node
 
-    family: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         family.setdefault(root(node), []).append(node)
+        if _reads_size(node) or (node.all_input_nodes and all(source in sizes for source in node.all_input_nodes)):
+            sizes.add(node)
     for node in list(graph.nodes):
         module = _module(net, node)
-        what = _what(node, module)
-        inplace = what in IN_PLACE or getattr(module, "inplace", False) or node.kwargs.get("inplace") is True
-        if node.target in (F.relu, F.relu6, F.silu, F.hardswish) and _argument(node, "inplace", 1, False) is True:
-            inplace = True
-        if node.target is F.hardtanh and _argument(node, "inplace", 3, False) is True:
-            inplace = True
-        if not inplace or not node.all_input_nodes:
+        what, kind = _what(node, module), _kind(node, module)
+        flag = INPLACE_FLAGS.get(what)
+        flagged = (
+            node.target in modules if module is not None else _argument(node, "inplace", flag or 99, False) is True
+        )
+        if node.op not in ("call_module", "call_function", "call_method") or not node.all_input_nodes:
             continue
-        changed = node.args[0] if node.args else node.all_input_nodes[0]
-        if not isinstance(changed, fx.Node):
-            continue
-        dropout = what in VIEWS  # nothing happens in evaluation
-        for relative in [] if dropout else family[root(changed)]:
-            late = [user for user in relative.users if order.get(user, -1) > order[node] and user is not node]
-            if relative is node or relative is changed or not late:
-                continue
-            raise ValueError(
-                f"{_kind(node, module)} {node.name} ({node.meta.get('line')}) changes {changed.name} in place, "
-                f"which shares memory with {relative.name}, used later in {late[0].name}: write it without in-place"
-            )
-        if not dropout:
-            now = order[node]
-            for user in [user for user in changed.users if order[user] > now]:
-                user.replace_input_with(changed, node)
-        if module is not None:
-            module.inplace = False  # type: ignore[assignment,unused-ignore]
-        else:
+        place = f"{kind} {node.name}" + (f" ({node.meta['line']})" if "line" in node.meta else "")
+        if node in sizes:
             node.target = IN_PLACE.get(what, node.target)
-        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-        if node.op == "call_function" and node.args and node.args[-1] is True:
-            node.args = node.args[:-1]
+        elif what in IN_PLACE or flagged:
+            _redirect(node, place, what in VIEWS, order, family[root(node.all_input_nodes[0])])
+            node.target = node.target if module is not None else IN_PLACE.get(what, node.target)
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+            if flag is not None:
+                node.args = node.args[:flag]
+        elif "out" in node.kwargs or (module is None and kind.endswith("_") and not kind.endswith("__")):
+            raise ValueError(f"{place} changes a value in place: write it without in-place")
+    for name in modules:
+        net.get_submodule(name).inplace = False  # type: ignore[assignment,unused-ignore]
+
+
+def _redirect(node: fx.Node, place: str, harmless: bool, order: dict[fx.Node, int], family: list[fx.Node]) -> None:
+    """Give the result of an in-place operation to all who read the changed tensor after it; `family` shares its
+    memory."""
+    changed, now = node.all_input_nodes[0], order[node]
+    if harmless:  # dropout in evaluation
+        return
+    for relative in family:
+        late = [user for user in relative.users if order[user] > now]
+        if late and relative is not changed and relative is not node:
+            raise ValueError(
+                f"{place} changes {changed.name} in place, which shares memory with {relative.name}, used later in "
+                f"{late[0].name}: write it without in-place"
+            )
+    for user in [user for user in changed.users if order[user] > now]:
+        user.replace_input_with(changed, node)
+
+
+def _reads_size(node: fx.Node) -> bool:
+    return (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")) or (
+        node.op == "call_method" and node.target in ("size", "dim", "numel")
+    )
 
 
 def _kind(node: fx.Node, module: nn.Module | None) -> str:
@@ -531,23 +577,19 @@ class _Conversion:
                 self._refuse(node, 'a batch norm, but norm="none": use norm="fold" or "keep"')
             if self.norm != "fold" or norm.running_mean is None or not self._once(node):
                 continue
-            before, behind = node.args[0], next(iter(node.users), None)
+            before, behind = node.all_input_nodes[0], next(iter(node.users), None)
             layer = _module(self.net, before)
-            if isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and len(before.users) == 1 and self._once(before):
-                if isinstance(layer, nn.Linear):
-                    fused: nn.Module = fuse_linear_bn_eval(layer.eval(), norm.eval())
-                else:
-                    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d)
-                    fused = fuse_conv_bn_eval(layer.eval(), norm.eval(), transpose=transposed)
-                kept = before
+            fused, kept = None, before
+            if len(before.users) == 1 and self._once(before):
+                fused = _fold_into_previous(norm, layer)
+            if fused is not None:
                 kept.meta["as"] = node.name  # its output is now the norm's
             elif behind is not None and len(node.users) == 1 and self._once(behind):
-                found = _fold_into_next(norm, _module(self.net, behind))
-                if found is None:
-                    continue
-                fused, kept = found, behind
-            else:
+                fused, kept = _fold_into_next(norm, _module(self.net, behind)), behind
+            if fused is None:
                 continue
+            if isinstance(fused, nn.Linear):
+                kept.meta["vectors"] = node.name
             self.net.set_submodule(str(kept.target), fused.requires_grad_())
             self.net.set_submodule(str(node.target), nn.Identity())
             self.rows[node].became = f"folded into {kept.name}"
@@ -663,13 +705,14 @@ class _Conversion:
             rule = next((rule for kept, rule in KEPT_MODULES.items() if isinstance(module, kept)), None)
         types = {self.values[source] for source in inputs}
         kinds = ANALOG if ANALOG in types else "integer" if "integer" in types else "binary"
+        arguments = (*node.args, *node.kwargs.values())
         first = node.args[0] if node.args else node.kwargs.get("input")
         if what in ADDITIONS or what in CONCATENATIONS:
             constant = [source for source in node.all_input_nodes if source not in inputs]
             numbers = what in ADDITIONS and any(isinstance(arg, int | float) for arg in node.args)
             counts = "integer" if kinds == "binary" and what in ADDITIONS else kinds
             self.values[node] = ANALOG if constant or numbers or "alpha" in node.kwargs else counts
-        elif len(inputs) > 1:
+        elif len(inputs) > 1 or (what in SCALINGS and sum(arg in inputs for arg in arguments) > 1):  # also x * x
             product = what in SCALINGS or what in (torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm")
             why = "multiplies activations, as squeeze-and-excitation and attention do, which spikes cannot"
             return self._refuse(node, why if product else "several activations meet; only + and concatenation do that")
@@ -735,9 +778,7 @@ class _Conversion:
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     def _is_size(self, node: fx.Node) -> bool:
-        if node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"):
-            return True
-        if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        if _reads_size(node):
             return True
         sizes = [source for source in node.all_input_nodes if self.axis.get(source) == "size"]
         return bool(sizes) and len(sizes) == len(node.all_input_nodes)
@@ -816,26 +857,52 @@ class _Conversion:
             )
 
 
-def _fold_into_next(norm: nn.Module, layer: nn.Module | None) -> nn.Module | None:
-    """A copy of `layer`, which takes the norm's output, that takes the norm's input: W·(γx/σ + β − γμ/σ) + b. None if
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(γ/σ, β − γμ/σ) of each channel: what a batch norm in evaluation multiplies by and adds."""
+    mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = (var + norm.eps).rsqrt()  # type: ignore[operator]
+    if getattr(norm, "weight", None) is None:
+        return scale, -mean * scale
+    scale = scale * norm.get_parameter("weight").detach()
+    return scale, norm.get_parameter("bias").detach() - mean * scale
+
+
+def _fold_into_previous(norm: nn.Module, layer: Any) -> nn.Module | None:
+    """A copy of `layer`, whose output the norm takes, that gives the norm's output: γ/σ·(Wx + b) + β − γμ/σ. None if it
+    is no such layer."""
+    if type(layer) not in (*CONVOLUTIONS, nn.Linear):
+        return None
+    if isinstance(layer, nn.Linear) and layer.out_features != norm.num_features:
+        return None
+    scale, shift = _affine(norm)
+    by_weight = scale.view(-1, 1)  # [O, 1], or [I, O / groups] where inputs come first
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        by_weight = scale.view(layer.groups, -1).repeat_interleave(layer.in_channels // layer.groups, 0)
+    layer = copy.deepcopy(layer)
+    rest = [1] * (layer.weight.dim() - 2)
+    layer.weight = nn.Parameter(layer.weight.detach() * by_weight.view(*by_weight.shape, *rest))
+    layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias.detach() * scale + shift)
+    return layer
+
+
+def _fold_into_next(norm: nn.Module, layer: Any) -> nn.Module | None:
+    """A copy of `layer`, which takes the norm's output, that takes the norm's input: W·(γ/σ·x + β − γμ/σ) + b. None if
     there is no exact one: padding is with zeros, which the norm would have moved."""
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+    if type(layer) in (nn.Conv1d, nn.Conv2d):
         if isinstance(layer.padding, str) or any(layer.padding):
             return None
         groups = layer.groups
-    elif isinstance(layer, nn.Linear):
+    elif type(layer) is nn.Linear and layer.in_features == norm.num_features:
         groups = 1
     else:
         return None
-    layer, weight = copy.deepcopy(layer), layer.weight.detach()
-    mean, var = norm.running_mean, norm.running_var
-    scale = (var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach())  # type: ignore[operator]
-    shift = (0 if norm.bias is None else norm.bias.detach()) - mean * scale  # type: ignore[operator]
-    per_group = len(weight) // groups
-    rest = [1] * (weight.dim() - 2)
-    scale, shift = (  # [C] → one for each weight: [O, C / groups, 1, …]
-        x.view(groups, 1, -1).expand(groups, per_group, -1).flatten(0, 1).unflatten(1, (-1, *rest))
-        for x in (scale, shift)
+    layer = copy.deepcopy(layer)
+    weight = layer.weight.detach()
+    scale, shift = (  # [C] → [O, C / groups, 1, …], one for each weight
+        x.view(groups, -1)
+        .repeat_interleave(len(weight) // groups, 0)
+        .view(*weight.shape[:2], *[1] * (weight.dim() - 2))
+        for x in _affine(norm)
     )
     bias = (weight * shift).flatten(1).sum(1)
     layer.weight = nn.Parameter(weight * scale)
