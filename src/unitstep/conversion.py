@@ -867,7 +867,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, norm.get_parameter("bias").detach() - mean * scale
 
 
-def _fold_into_previous(norm: nn.Module, layer: Any) -> nn.Module | None:
+def _fold_into_previous(norm: nn.Module, layer: Any) -> Any:
     """A copy of `layer`, whose output the norm takes, that gives the norm's output: γ/σ·(Wx + b) + β − γμ/σ. None if it
     is no such layer."""
     if type(layer) not in (*CONVOLUTIONS, nn.Linear):
@@ -885,7 +885,7 @@ def _fold_into_previous(norm: nn.Module, layer: Any) -> nn.Module | None:
     return layer
 
 
-def _fold_into_next(norm: nn.Module, layer: Any) -> nn.Module | None:
+def _fold_into_next(norm: nn.Module, layer: Any) -> Any:
     """A copy of `layer`, which takes the norm's output, that takes the norm's input: W·(γ/σ·x + β − γμ/σ) + b. None if
     there is no exact one: padding is with zeros, which the norm would have moved."""
     if type(layer) in (nn.Conv1d, nn.Conv2d):
