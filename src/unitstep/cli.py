@@ -103,22 +103,19 @@ def _recipes(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        if not arguments:
-            _say(
-                f"usage: unitstep train RECIPE --out RUN …, or: unitstep train --from RUN\nRECIPE: {', '.join(RECIPES)}"
-            )
-            return 2
-        sys.stdout.write(f"RECIPE is one of: {', '.join(RECIPES)}.\nThe defaults below are those of fashion-mini.\n\n")
+    known = f"RECIPE is one of: {', '.join(RECIPES)}"
+    usage = f"usage: unitstep train RECIPE --out RUN …, or: unitstep train --from RUN\n{known}"
+    if arguments and arguments[0] in ("-h", "--help"):
+        sys.stdout.write(f"{known}.\nThe defaults below are those of fashion-mini.\n\n")
         arguments = ["fashion-mini", "--help"]
-    name, *options = arguments
+    name, *options = arguments or [""]
     if name == "--from" and options:
         from unitstep.runs import Run
 
-        name = f"--from {options[0]}"
-        shipped, options = Run(options[0]).recipe, [*options[1:], "--out", options[0]]
-    elif name.startswith("-"):
-        _say(f"usage: unitstep train RECIPE --out RUN …, or: unitstep train --from RUN\nRECIPE: {', '.join(RECIPES)}")
+        path, *options = options
+        name, shipped, options = f"--from {path}", Run(path).recipe, [*options, "--out", path]
+    elif not name or name.startswith("-"):
+        _say(usage)
         return 2
     else:
         shipped = recipe(name)

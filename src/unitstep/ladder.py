@@ -512,8 +512,8 @@ def _precision(name: str, device: torch.device) -> bool:
     works = _bf16_works()
     if name == "bf16" and not works:
         raise ValueError(
-            "bf16 matrix products crash on this processor, as they do where a virtual machine announces AMX but does "
-            "not pass it on: "
+            "bf16 matrix products crash on this processor, as they do where a virtual machine announces AMX but hides "
+            "its tile sizes (CPUID leaf 0x1D): "
             "use --precision fp32, or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
         )
     return works

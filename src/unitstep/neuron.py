@@ -161,13 +161,16 @@ def _fire_layer(
     current: Tensor, threshold: Tensor, leak: Tensor, steps: int, rows: int, height: str, initial: float
 ) -> Tensor:
     """Current [rows·B, …] → spikes [T·B, …] in the same memory format."""
-    channels_last = current.dim() == 4 and current.is_contiguous(memory_format=torch.channels_last)
-    nhwc = channels_last and not current.is_contiguous()
+    nhwc = _is_channels_last(current)
     dense = current.permute(0, 2, 3, 1) if nhwc else current  # one row per step, in memory order: nothing is copied
     flat = dense.reshape(rows, dense.numel() // rows)
     fired: Tensor = _Fire.apply(flat, threshold, leak, steps, height, initial)  # type: ignore[no-untyped-call]
     spikes = fired.view(dense.shape[0] // rows * steps, *dense.shape[1:])
     return spikes.permute(0, 3, 1, 2) if nhwc else spikes
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _channels(x: Tensor, like: Tensor) -> Tensor:
@@ -243,13 +246,15 @@ class LIF(nn.Module):
             V = torch.ones((), dtype=precision, device=V.device)
         if left is None and self.initial:
             left = self.initial * V
-        spikes = []
-        for t in range(steps):
+        format = torch.channels_last if _is_channels_last(current) else torch.contiguous_format
+        shape, like = (steps * now.shape[1], *current.shape[1:]), {"dtype": current.dtype, "device": current.device}
+        spikes = torch.empty(shape, **like, memory_format=format)
+        for t, out in enumerate(spikes.chunk(steps)):
             one = now[0 if static else t] if unit is None else now[0 if static else t] / unit
             _, membrane, fires = next(membranes(one[None], V, leak, 1, left))
             left = torch.where(fires, membrane - V, membrane)
-            spikes.append(torch.where(fires, worth, 0).to(current.dtype))
-        return torch.cat(spikes) if steps > 1 else spikes[0], left
+            out.copy_(torch.where(fires, worth, 0))
+        return spikes, left
 
     def extra_repr(self) -> str:
         V = self.threshold.detach()
