@@ -122,7 +122,8 @@ def test_kept_batch_norms_keep_the_cnns_statistics_unless_asked():
     assert not torch.equal(refreshed.get_submodule("norm2").running_mean, cnn.get_submodule("norm2").running_mean)
 
 
-def test_the_report_has_rates_and_errors_and_is_plain_data():
+def test_the_report_has_rates_and_errors_and_is_plain_data(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     cnn = plain()
     snn = to_spiking(cnn, IMAGES, steps=4, thresholds="max")
     report = snn.report
@@ -139,6 +140,8 @@ def test_the_report_has_rates_and_errors_and_is_plain_data():
     lines = str(report).splitlines()
     assert len(lines) == len(report.rows) + 2
     assert lines[0].split() == ["operation", "kind", "output", "became", "threshold", "found", "by", "spikes", "error"]
+    monkeypatch.setenv("COLUMNS", "70")
+    assert max(map(len, str(report).splitlines()[:-1])) <= 70
     other = to_spiking(cnn, IMAGES, steps=4, height="unit")
     assert all(row.error is None for row in other.report.rows)
 

@@ -60,6 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder of a user who has mynet.py in it."""
     (tmp_path / "mynet.py").write_text(NET)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # else the report is as narrow as the terminal
     monkeypatch.setattr(sys, "path", [*sys.path])
     sys.modules.pop("mynet", None)
     return tmp_path

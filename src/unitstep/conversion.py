@@ -10,6 +10,7 @@ import copy
 import inspect
 import io
 import operator
+import shutil
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ class Row:
 
 @dataclass
 class Report:
-    """One `Row` per operation, in the order of execution. `print(report)` is a table."""
+    """One `Row` per operation, in the order of execution. `print(report)` is a table as wide as the terminal."""
 
     rows: list[Row]
     steps: int | None = None
@@ -101,8 +102,7 @@ class Report:
             refused = f" ({row.line})" if row.became.startswith("refused") and row.line else ""
             table.add_row(row.name, row.kind, shape, row.became + refused, numbers[0], row.found, *numbers[1:])
         text = io.StringIO()
-        width = max(table.__rich_measure__(Console(width=10_000), Console(width=10_000).options).maximum, 80)
-        Console(file=text, width=width).print(table)
+        Console(file=text, width=shutil.get_terminal_size((160, 24)).columns).print(table)
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
         if self.steps is not None:
             lines.append(
