@@ -143,7 +143,8 @@ def calibrate_(
             module.training = training[name]
     if dead := [name for name in snn.lifs if name not in sweep.alive]:
         way_out = "a lower percentile or scale lowers its threshold"
-        warnings.warn(f"layer {', '.join(dead)} emits no spike on the calibration images: {way_out}", stacklevel=2)
+        message = f"layer {', '.join(dead)} emits no spike on the calibration images: {way_out}"
+        warnings.warn(message, stacklevel=3)  # 3: `no_grad` has a frame of its own
     return snn
 
 
