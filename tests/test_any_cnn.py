@@ -222,7 +222,7 @@ def check(program: list[Instruction], images: Tensor, seed: int, inplace: bool, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # dead layers
-            snn = to_spiking(cnn, images, steps=2, **options)
+            snn = to_spiking(cnn, images, steps=2, **{"thresholds": "percentile", "initial": 0.0, **options})
     except ValueError as error:
         refusal = str(error)
     else:

@@ -19,7 +19,9 @@ from tests.simulation import simulate
 from unitstep import Spiking, record, to_spiking
 
 STEPS = (1, 2, 5)
-AWAKE: dict[str, Any] = {"steps": 5, "percentile": 80, "scale": 0.7}  # thresholds at which every layer spikes
+AWAKE: dict[str, Any] = {  # thresholds at which every layer spikes
+    "steps": 5, "thresholds": "percentile", "percentile": 80, "scale": 0.7, "initial": 0.0,
+}  # fmt: skip
 
 
 def agrees(snn: Spiking, cnn: Callable[[Tensor], Tensor], images: Tensor, after: Any = None, **options: Any) -> None:
@@ -518,7 +520,7 @@ def test_average_pools_in_the_places_of_max_pools(maximum, average, images):
 )
 def test_options(options):
     cnn, images = build("resnet-basic")
-    snn = to_spiking(cnn, images, **AWAKE, **options)
+    snn = to_spiking(cnn, images, **{**AWAKE, **options})
     if options.get("thresholds") == "channel-percentile":
         assert all(lif.threshold.dim() == 1 for lif in snn.lifs.values())
     agrees(snn, cnn, images, **{key: options[key] for key in options.keys() - {"thresholds"}})

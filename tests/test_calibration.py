@@ -1,6 +1,7 @@
 """Thresholds: each strategy against its formula; the report's numbers; watching; one step after another."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from unitstep import LIF, nets, record, to_spiking
 from unitstep.calibration import calibrate_, unroll
 from unitstep.conversion import spiking
 
+# One threshold per layer, membranes from 0: what can be followed by hand.
+plainly = partial(to_spiking, thresholds="percentile", percentile=90.0, initial=0.0)
 IMAGES = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -35,7 +38,7 @@ def simulated(cnn: nn.Sequential, V: torch.Tensor, steps: int, initial: float = 
 
 def test_per_channel_percentiles():
     cnn = plain()
-    snn = to_spiking(cnn, IMAGES, steps=2, thresholds="channel-percentile", percentile=80)
+    snn = plainly(cnn, IMAGES, steps=2, thresholds="channel-percentile", percentile=80)
     first, second = (lif.threshold for lif in snn.lifs.values())
     by_channel = cnn[0](IMAGES).transpose(0, 1).flatten(1)
     peaks = by_channel.quantile(0.8, dim=1, interpolation="nearest")
@@ -49,7 +52,7 @@ def test_per_channel_percentiles():
 
 def test_maximum_and_scale():
     cnn = plain()
-    snn = to_spiking(cnn, IMAGES, steps=3, thresholds="max", scale=0.5)
+    snn = plainly(cnn, IMAGES, steps=3, thresholds="max", scale=0.5)
     first, second = (lif.threshold for lif in snn.lifs.values())
     assert first.item() == pytest.approx(0.5 * cnn[0](IMAGES).max().item())
     assert second.item() == pytest.approx(0.5 * simulated(cnn, first.detach(), 3).max().item())
@@ -61,7 +64,7 @@ def test_maximum_and_scale():
 def test_least_squares_is_near_the_best_of_a_finer_search(steps, initial):
     """Against the simulated response to a constant current, for many more thresholds than are tried."""
     cnn = plain()
-    snn = to_spiking(cnn, IMAGES, steps=steps, thresholds="mse", initial=initial)
+    snn = plainly(cnn, IMAGES, steps=steps, thresholds="mse", initial=initial)
     x = cnn[0](IMAGES).detach().double().flatten()
 
     def error(V: float) -> float:
@@ -78,17 +81,17 @@ def test_least_squares_is_near_the_best_of_a_finer_search(steps, initial):
 
 
 def test_a_cap_limits_the_threshold():
-    snn = to_spiking(plain(cap=0.1), IMAGES, steps=4, thresholds="max")
+    snn = plainly(plain(cap=0.1), IMAGES, steps=4, thresholds="max")
     assert [lif.threshold.item() for lif in snn.lifs.values()] == pytest.approx([0.1, 0.1])
     assert snn.report["_1"].found == "cap"
     assert snn.report["_1"].became == "neuron, capped at 0.1"
-    low = to_spiking(plain(cap=50), IMAGES, steps=4, thresholds="max")
+    low = plainly(plain(cap=50), IMAGES, steps=4, thresholds="max")
     assert low.report["_1"].found == "maximum"
 
 
 def test_calibration_over_other_steps_than_those_of_use():
-    snn = to_spiking(plain(), IMAGES, steps=2, calibration_steps=6, thresholds="max")
-    same = to_spiking(plain(), IMAGES, steps=6, thresholds="max")
+    snn = plainly(plain(), IMAGES, steps=2, calibration_steps=6, thresholds="max")
+    same = plainly(plain(), IMAGES, steps=6, thresholds="max")
     assert [lif.threshold.item() for lif in snn.lifs.values()] == [lif.threshold.item() for lif in same.lifs.values()]
     assert snn.report.steps == 2
 
@@ -105,18 +108,27 @@ def test_calibration_over_other_steps_than_those_of_use():
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
-        to_spiking(plain(), IMAGES, **options)
+        plainly(plain(), IMAGES, **options)
 
 
 def test_no_images_are_refused():
     with pytest.raises(ValueError, match="at least one image"):
-        to_spiking(plain(), IMAGES[:0])
+        plainly(plain(), IMAGES[:0])
+
+
+def test_the_default_is_what_measured_best():
+    """benchmarks/conversion.py: percentile 99 of each channel, membranes from half the threshold."""
+    snn = to_spiking(plain(), IMAGES)
+    best = to_spiking(plain(), IMAGES, thresholds="channel-percentile", percentile=99, initial=0.5)
+    assert [lif.initial for lif in snn.lifs.values()] == [0.5, 0.5]
+    for ours, theirs in zip(snn.lifs.values(), best.lifs.values(), strict=True):
+        assert torch.equal(ours.threshold, theirs.threshold)
 
 
 def test_kept_batch_norms_keep_the_cnns_statistics_unless_asked():
     cnn = nets.build("vgg-mini", classes=3, size=16)
     images = torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8)
-    snn = to_spiking(cnn, images, steps=2)
+    snn = plainly(cnn, images, steps=2)
     assert torch.equal(snn.get_submodule("norm2").running_mean, cnn.get_submodule("norm2").running_mean)
     refreshed = calibrate_(spiking(cnn), images, steps=2, refresh_norms=True)
     assert not torch.equal(refreshed.get_submodule("norm2").running_mean, cnn.get_submodule("norm2").running_mean)
@@ -125,7 +137,7 @@ def test_kept_batch_norms_keep_the_cnns_statistics_unless_asked():
 def test_the_report_has_rates_and_errors_and_is_plain_data(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     cnn = plain()
-    snn = to_spiking(cnn, IMAGES, steps=4, thresholds="max")
+    snn = plainly(cnn, IMAGES, steps=4, thresholds="max")
     report = snn.report
     assert [row.kind for row in report.rows] == [*(type(layer).__name__ for layer in cnn), "readout"]
     assert [row.shape for row in report.rows][:2] == [(4, 6, 6), (4, 6, 6)]
@@ -142,12 +154,12 @@ def test_the_report_has_rates_and_errors_and_is_plain_data(monkeypatch):
     assert lines[0].split() == ["operation", "kind", "output", "became", "threshold", "found", "by", "spikes", "error"]
     monkeypatch.setenv("COLUMNS", "70")
     assert max(map(len, str(report).splitlines()[:-1])) <= 70
-    other = to_spiking(cnn, IMAGES, steps=4, height="unit")
+    other = plainly(cnn, IMAGES, steps=4, height="unit")
     assert all(row.error is None for row in other.report.rows)
 
 
 def test_recording_changes_nothing_and_stops():
-    snn = to_spiking(plain(), IMAGES, steps=3)
+    snn = plainly(plain(), IMAGES, steps=3)
     before = snn(IMAGES, steps=3)
     with record(snn) as spikes:
         assert torch.equal(snn(IMAGES, steps=3), before)
@@ -166,7 +178,7 @@ def test_recording_changes_nothing_and_stops():
 def test_one_step_after_another_is_all_at_once(thresholds, initial):
     cnn = nets.build("vgg-mini", classes=3, size=16).double().eval()
     images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
-    snn = to_spiking(cnn, images, steps=5, thresholds=thresholds, initial=initial)
+    snn = plainly(cnn, images, steps=5, thresholds=thresholds, initial=initial)
     steps = torch.stack(list(unroll(snn, [images] * 5)))
     with torch.no_grad():
         torch.testing.assert_close(steps.mean(0), snn(images, steps=5))

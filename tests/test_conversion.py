@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from unitstep import LIF, nets, to_spiking
 from unitstep.calibration import calibrate_
 from unitstep.conversion import SharedDropout, spiking
 
+# One threshold per layer, membranes from 0: what can be followed by hand.
+plainly = partial(to_spiking, thresholds="percentile", percentile=90.0, initial=0.0)
 IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -33,7 +36,7 @@ class Shared(nn.Module):
 
 
 def test_every_relu_call_becomes_its_own_neuron_layer():
-    snn = to_spiking(Shared().eval(), IMAGES, steps=3)
+    snn = plainly(Shared().eval(), IMAGES, steps=3)
     assert list(snn.lifs) == ["relu", "relu_1", "relu_2", "relu_3"]
     assert len({id(lif) for lif in snn.lifs.values()}) == 4
     assert snn(IMAGES, steps=3).shape == (8, 5)
@@ -42,7 +45,7 @@ def test_every_relu_call_becomes_its_own_neuron_layer():
 def test_the_stems_current_is_repeated_where_it_meets_spikes():
     """Against the same net written out by hand, one step at a time."""
     cnn = Shared().double().eval()
-    snn = to_spiking(cnn, IMAGES.double(), steps=3, height="threshold", readout="sum").double()
+    snn = plainly(cnn, IMAGES.double(), steps=3, height="threshold", readout="sum").double()
     V = [lif.threshold.detach() for lif in snn.lifs.values()]
     U: list[torch.Tensor | float] = [0.0] * 4
     expected = 0
@@ -64,7 +67,7 @@ def test_the_stems_current_is_repeated_where_it_meets_spikes():
 def test_the_cnn_is_untouched_and_names_remain():
     cnn = nets.build("resnet20", classes=10, size=16, dropout=0.1)
     before = copy.deepcopy(cnn.state_dict())
-    snn = to_spiking(cnn, torch.zeros(4, 3, 16, 16, dtype=torch.uint8) + 100, steps=2)
+    snn = plainly(cnn, torch.zeros(4, 3, 16, 16, dtype=torch.uint8) + 100, steps=2)
     assert all(torch.equal(before[name], tensor) for name, tensor in cnn.state_dict().items())
     assert set(before) == {name for name in snn.state_dict() if not name.startswith("neurons.")}
     assert snn.training == cnn.training
@@ -73,7 +76,7 @@ def test_the_cnn_is_untouched_and_names_remain():
 def test_thresholds_are_the_percentile_with_earlier_layers_already_spiking():
     torch.manual_seed(0)
     cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
-    snn = to_spiking(cnn, IMAGES, steps=3, percentile=80, scale=0.5, height="unit")
+    snn = plainly(cnn, IMAGES, steps=3, percentile=80, scale=0.5, height="unit")
     first, second = snn.lifs.values()
     with torch.no_grad():
         current = cnn[0](IMAGES)
@@ -91,8 +94,8 @@ def test_thresholds_are_the_percentile_with_earlier_layers_already_spiking():
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_calibration_in_windows_is_calibration_at_once(window):
     cnn = Shared().double().eval()
-    whole = calibrate_(spiking(cnn), IMAGES.double(), steps=5)
-    cut = calibrate_(spiking(cnn), IMAGES.double(), steps=5, window=window)
+    whole = calibrate_(spiking(cnn), IMAGES.double(), thresholds="percentile", steps=5)
+    cut = calibrate_(spiking(cnn), IMAGES.double(), thresholds="percentile", steps=5, window=window)
     for a, b in zip(whole.lifs.values(), cut.lifs.values(), strict=True):
         assert a.threshold.item() == pytest.approx(b.threshold.item(), rel=1e-5)
 
@@ -101,7 +104,7 @@ def test_a_threshold_that_would_not_be_positive_is_a_tenth():
     cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     nn.init.constant_(cnn[0].weight, -1.0)
     with pytest.warns(UserWarning, match="layer _1 emits no spike"):
-        snn = to_spiking(cnn, IMAGES)
+        snn = plainly(cnn, IMAGES)
     assert snn.lifs["_1"].threshold.item() == pytest.approx(0.1)
 
 
@@ -207,7 +210,7 @@ def around(module: nn.Module) -> nn.Module:
 )
 def test_what_does_not_convert_is_refused_by_name(cnn, options, message):
     with pytest.raises(ValueError, match=message):
-        to_spiking(cnn, IMAGES, **options)
+        plainly(cnn, IMAGES, **options)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +223,7 @@ def test_what_does_not_convert_is_refused_by_name(cnn, options, message):
 )
 def test_calibration_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        to_spiking(Shared(), IMAGES, **options)
+        plainly(Shared(), IMAGES, **options)
 
 
 def test_calling_with_no_steps_is_refused():
@@ -233,6 +236,6 @@ def test_calling_with_no_steps_is_refused():
 def test_a_successful_conversion_is_silent(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        snn = to_spiking(Shared(), IMAGES)
+        snn = plainly(Shared(), IMAGES)
     assert capsys.readouterr() == ("", "")
     assert all(isinstance(lif, LIF) for lif in snn.lifs.values())

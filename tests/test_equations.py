@@ -54,9 +54,8 @@ def cnn(*, norm: bool, bias: bool = True) -> nn.Sequential:
 
 def spiking(net: nn.Module, **options: Any) -> tuple[Spiking, list[LIF]]:
     """The spiking net in fp64, its thresholds and leaks set by hand, and its neurons in order."""
+    options = {"thresholds": "percentile", "initial": 0.0, **options}
     snn = to_spiking(net, random(*IMAGES, seed=1).float(), **options).double()
-    if options["norm"] == "keep":
-        snn.load_state_dict(net.state_dict(), strict=False)  # calibration has re-estimated the running statistics
     lifs = [module for module in snn.modules() if isinstance(module, LIF)]
     with torch.no_grad():
         for lif, threshold, leak in zip(lifs, THRESHOLDS, LEAKS, strict=True):
@@ -174,7 +173,7 @@ def test_a_current_that_is_the_same_at_every_step_meets_spikes(steps: int) -> No
     with torch.no_grad():
         for i, parameter in enumerate(net.parameters()):
             parameter.copy_(random(*parameter.shape, seed=i) / 3)
-    snn = to_spiking(net, random(*IMAGES, seed=1).float(), norm="none").double()
+    snn = to_spiking(net, random(*IMAGES, seed=1).float(), norm="none", thresholds="percentile", initial=0.0).double()
     net.double()
     images = random(*IMAGES, seed=2)
     n1, n2 = (oracle.Neurons(lif.threshold, lif.leak, "threshold") for lif in snn.modules() if isinstance(lif, LIF))

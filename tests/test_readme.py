@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.conversion import table as conversion_table
 from benchmarks.record import RECORDS, table
 from unitstep.recipes import RUN_TO_THE_END
 
@@ -26,5 +27,7 @@ def test_snippet(snippet, tmp_path, monkeypatch):
 
 def test_tables_are_those_of_the_records():
     records = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
+    conversion = records.pop("conversion")
+    assert conversion_table(conversion) == CONVERSION.with_name("conversion-table.md").read_text()
     assert records.keys() == RUN_TO_THE_END
     assert [name for name, found in records.items() if table(found) not in README.read_text()] == []

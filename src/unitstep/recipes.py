@@ -268,7 +268,10 @@ _SHIPPED = (
     ),
 )  # fmt: skip
 
-OWN = Recipe("own", "", "", _OWN, pixel_zero=(0.0,), pixel_scale=(1 / 255,))  # a user's trained CNN and images
+OWN = Recipe(  # a user's trained CNN and images; thresholds as they measured best for conversion alone
+    "own", "", "", _OWN, pixel_zero=(0.0,), pixel_scale=(1 / 255,),
+    thresholds="channel-percentile", percentile=99.0, initial=0.5,
+)  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {shipped.name: shipped for shipped in _SHIPPED}
 RUN_TO_THE_END = frozenset(
