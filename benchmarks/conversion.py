@@ -141,7 +141,7 @@ def table(found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axis = figure.subplots()
     colours = {name: f"C{number}" for number, name in enumerate([*STRATEGIES, RATE])}
     for strategy, initial in dict.fromkeys((row["strategy"], row["initial"]) for row in found["rows"]):
@@ -151,9 +151,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.plot(x, y, "-" if initial == 0 else "--", color=colours[strategy], label=label, linewidth=1.3)
     axis.axhline(found["cnn_accuracy"], color="black", linewidth=0.8, label="CNN")
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("timesteps T")
     axis.set_ylabel("validation accuracy by conversion alone, %")
-    axis.legend(fontsize=6.5)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
