@@ -247,8 +247,8 @@ class LIF(nn.Module):
         if left is None and self.initial:
             left = self.initial * V
         format = torch.channels_last if _is_channels_last(current) else torch.contiguous_format
-        shape, like = (steps * now.shape[1], *current.shape[1:]), {"dtype": current.dtype, "device": current.device}
-        spikes = torch.empty(shape, **like, memory_format=format)
+        shape = (steps * now.shape[1], *current.shape[1:])
+        spikes = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=format)
         for t, out in enumerate(spikes.chunk(steps)):
             one = now[0 if static else t] if unit is None else now[0 if static else t] / unit
             _, membrane, fires = next(membranes(one[None], V, leak, 1, left))
