@@ -60,10 +60,10 @@ def right_at(snn: Any, split: Split, images: int, marks: tuple[int, ...], rate: 
         def frames(x: Tensor = x) -> Iterator[Tensor]:
             for _ in range(max(marks)):  # a pixel is white with a probability of its brightness, else black
                 draw = torch.randint(255, x.shape, generator=generator)
-                yield ((draw < x) * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last) if rate else x
+                yield ((draw < x) * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
         total: Any = 0
-        for t, output in enumerate(unroll(snn, frames()), 1):
+        for t, output in enumerate(unroll(snn, frames() if rate else itertools.repeat(x, max(marks))), 1):
             total = total + output
             if t in right:
                 right[t] += int((total.argmax(1) == y).sum())
@@ -111,7 +111,8 @@ def measure(run: Run, data: str | None, images: int, rate_images: int) -> dict[s
             add(strategy, initial, images, right, time.perf_counter() - started)
     if (RATE, 0.0, max(RATE_STEPS)) not in done and rate_images:
         started = time.perf_counter()
-        snn = calibrate_(spiking(cnn, norm="fold"), calibration, steps=CALIBRATION_STEPS, percentile=99.7)
+        options = {"thresholds": "percentile", "percentile": 99.7}
+        snn = calibrate_(spiking(cnn, norm="fold"), calibration, steps=CALIBRATION_STEPS, **options)
         add(
             RATE,
             0.0,

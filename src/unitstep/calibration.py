@@ -330,21 +330,17 @@ def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> 
     squares: dict[str, tuple[float, float]] = {}  # sums over the images: of the difference, of the CNN's value
     snn.eval()
     for part in images.split(max(1, ROWS // steps)):
-        here, there = _Stepper(snn), _values(cnn, part)
-        here.args_iter = iter([part, steps])
+        there = _values(fx.Interpreter(cnn), part)
         ahead: dict[str, Any] = {}  # values of the CNN that are needed later: folding and caps change the order
         left = needed.copy()
-        for node in snn.graph.nodes:
-            value = here.env[node] = here.run_node(node)
-            for dead in here.user_to_last_uses.get(node, []):
-                del here.env[dead]
+        for node, value in _values(_Stepper(snn), part, steps):
             if (row := node.meta.get("row")) is None:
                 continue
             name = node.meta.get("as", row)
             while name not in ahead:
                 other, wanted = next(there)
-                if left[other]:
-                    ahead[other] = wanted
+                if left[other.name]:
+                    ahead[other.name] = wanted
             left[name] -= 1
             wanted = ahead[name] if left[name] else ahead.pop(name)
             if not isinstance(value, Tensor) or value.dim() == 0:
@@ -370,13 +366,12 @@ def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> 
     snn.train(training)
 
 
-def _values(cnn: fx.GraphModule, images: Tensor) -> Iterator[tuple[str, Any]]:
-    """The value of each operation of a traced CNN, by name, in order."""
-    run = fx.Interpreter(cnn)
-    run.args_iter = iter([images])
-    for node in cnn.graph.nodes:
+def _values(run: fx.Interpreter, *inputs: Any) -> Iterator[tuple[fx.Node, Any]]:
+    """Each operation with its value, in order; a value is let go of once nothing needs it."""
+    run.args_iter = iter(inputs)
+    for node in run.graph.nodes:
         run.env[node] = run.run_node(node)
-        yield node.name, run.env[node]
+        yield node, run.env[node]
         for dead in run.user_to_last_uses.get(node, []):
             del run.env[dead]
 

@@ -62,6 +62,10 @@ class Row:
     """‖mean over the steps of the spiking network's output − the CNN's‖ / ‖the CNN's‖, here, over the calibration
     images."""
 
+    @property
+    def refused(self) -> bool:
+        return self.became.startswith("refused: ")
+
 
 @dataclass
 class Report:
@@ -99,7 +103,7 @@ class Report:
                 "" if value is None else f"{value:{form}}"
                 for value, form in ((row.threshold, ".4g"), (row.rate, ".3f"), (row.error, ".3f"))
             ]
-            refused = f" ({row.line})" if row.became.startswith("refused") and row.line else ""
+            refused = f" ({row.line})" if row.refused and row.line else ""
             table.add_row(row.name, row.kind, shape, row.became + refused, numbers[0], row.found, *numbers[1:])
         text = io.StringIO()
         Console(file=text, width=shutil.get_terminal_size((160, 24)).columns).print(table)
@@ -116,8 +120,10 @@ class ConversionError(ValueError):
     """A network has operations without a spiking form: `report` names all of them."""
 
     def __init__(self, report: Report) -> None:
-        refused = [row for row in report.rows if row.became.startswith("refused")]
-        listed = "".join(f"\n  {report.place(row.name)}: {row.became[9:]}" for row in refused[:10])
+        refused = [row for row in report.rows if row.refused]
+        listed = "".join(
+            f"\n  {report.place(row.name)}: {row.became.removeprefix('refused: ')}" for row in refused[:10]
+        )
         more = f"\n  and {len(refused) - 10} more" if len(refused) > 10 else ""
         number = f"{len(refused)} operations do" if len(refused) > 1 else "1 operation does"
         super().__init__(f"{number} not convert:{listed}{more}")
@@ -555,7 +561,7 @@ class _Conversion:
             elif node.op == "output":
                 self._output(node)
         report = Report([row for row in self.rows.values() if row.became])
-        if any(row.became.startswith("refused") for row in report.rows):
+        if any(row.refused for row in report.rows):
             raise ConversionError(report)
         for node in graph.nodes:
             node.meta["axis"] = self.axis.get(node, "none")
@@ -848,9 +854,7 @@ class _Conversion:
             )
         if self.axis.get(logits) == "time":
             node.args = (self._read(logits, before=node),)
-        elif self.axis.get(logits) != "logits" and not any(
-            row.became.startswith("refused") for row in self.rows.values()
-        ):
+        elif self.axis.get(logits) != "logits" and not any(row.refused for row in self.rows.values()):
             raise ValueError(
                 "no ReLU lies between the network's input and its output, so nothing would spike; a network must "
                 "return one tensor of logits"
