@@ -459,8 +459,8 @@ def _optimizer(net: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if stage.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9)
+    if stage.optimizer in ("sgd", "nesterov"):
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=stage.optimizer == "nesterov")
     if stage.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=stage.lr)
     return torch.optim.Adam(groups, lr=stage.lr, amsgrad=True)

@@ -11,7 +11,7 @@ import difflib
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Optimizer = Literal["sgd", "adamw", "adam-amsgrad"]
+Optimizer = Literal["sgd", "nesterov", "adamw", "adam-amsgrad"]
 Thresholds = Literal["percentile", "channel-percentile", "max", "mse"]
 STRATEGIES: tuple[str, ...] = get_args(Thresholds)
 Augment = Literal["none", "flip", "crop-flip", "resized-crop-flip"]
@@ -29,7 +29,7 @@ class Stage:
     lr: float
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
-    """sgd has momentum 0.9; adam-amsgrad is the paper's for spiking stages."""
+    """sgd and nesterov have momentum 0.9; adam-amsgrad is the paper's for spiking stages."""
     weight_decay: float = 0.0
     """Decay of weight matrices and kernels (not of thresholds, leaks, biases and batch norms)."""
     batch: int = 128
@@ -229,8 +229,8 @@ _IMAGENET_PIXELS = _pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 _MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, warmup=0.1), between=1)
 _QUICK = _ladder(
-    Stage(None, 7, 0.1, "sgd", 5e-4, warmup=0.2, label_smoothing=0.1),
-    Stage(1, 20, 2e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1),
+    Stage(None, 10, 0.1, "nesterov", 5e-4, warmup=0.2, label_smoothing=0.1),
+    Stage(1, 28, 2e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1),
     between=0.05,
 )
 _FULL = _ladder(
@@ -246,7 +246,7 @@ _FASHION: dict[str, Any] = {"channels": 1, "size": 28, "augment": "flip", "pixel
 _SHIPPED = (
     Recipe("fashion-mini", "fashion-mini", "vgg-mini", _MINI, **_FASHION),
     Recipe("fashion-mnist", "zalando-datasets/fashion_mnist", "vgg-mini", _MINI, **_FASHION),
-    Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK, padding=2),
+    Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK),
     Recipe("cifar10-vgg6", _CIFAR10, "vgg6", _FULL, dropout=0.2),
     Recipe("cifar10-vgg16", _CIFAR10, "vgg16", _FULL, dropout=0.2),
     Recipe("cifar10-resnet20", _CIFAR10, "resnet20", _FULL, dropout=0.1),
