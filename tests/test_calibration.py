@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from unitstep import LIF, nets, record, to_spiking
+from unitstep import nets, record, to_spiking
 from unitstep.calibration import calibrate_, unroll
 from unitstep.conversion import spiking
 
@@ -183,26 +183,3 @@ def test_one_step_after_another_is_all_at_once(thresholds, initial):
     with torch.no_grad():
         torch.testing.assert_close(steps.mean(0), snn(images, steps=5))
         torch.testing.assert_close(steps[0], snn(images, steps=1))
-
-
-def test_a_threshold_per_channel_is_a_neuron_layer_per_channel():
-    """Spikes and gradients, against one LIF for each channel."""
-    generator = torch.Generator().manual_seed(0)
-    current = torch.randn(3 * 2, 2, 5, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(3 * 2, 2, 5, dtype=torch.float64, generator=generator)
-    V = torch.tensor([0.5, 1.25])
-    for height in ("unit", "threshold"):
-        together = LIF(V, 0.75, height=height, initial=0.25)
-        apart = [LIF(v.item(), 0.75, height=height, initial=0.25) for v in V]
-        out = together(current, 3)
-        single = torch.stack([lif(current[:, c].contiguous(), 3) for c, lif in enumerate(apart)], 1)
-        torch.testing.assert_close(out, single)
-        (grad,) = torch.autograd.grad((out * weight).sum(), current, retain_graph=True)
-        (expected,) = torch.autograd.grad((single * weight).sum(), current, retain_graph=True)
-        torch.testing.assert_close(grad, expected)
-        (out * weight).sum().backward(inputs=[together.threshold])
-        (single * weight).sum().backward(inputs=[lif.threshold for lif in apart])
-        torch.testing.assert_close(together.threshold.grad, torch.stack([lif.threshold.grad for lif in apart]))
-    assert "2 of mean 0.875" in repr(together)
-    with pytest.raises(ValueError, match="threshold must be greater than 0"):
-        LIF(torch.tensor([1.0, 0.0]))

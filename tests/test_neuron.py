@@ -49,7 +49,8 @@ def run_oracle(lif: LIF, current: Tensor, steps: int, *, static: bool = False, s
     current = current.detach().clone().requires_grad_()
     V, leak = (p.detach().to(current.dtype).requires_grad_() for p in (lif.threshold, lif.leak))
     currents = [current] * steps if static else list(current.chunk(steps))
-    spikes = torch.cat(oracle.lif(currents, V, leak, height=lif.height, initial=lif.initial))
+    each = V.view(-1, *[1] * (current.dim() - 2)) if V.dim() else V  # channels are dimension 1
+    spikes = torch.cat(oracle.lif(currents, each, leak, height=lif.height, initial=lif.initial))
     spikes.backward(noise(*spikes.shape, seed=seed, dtype=spikes.dtype))
     assert current.grad is not None
     assert V.grad is not None
@@ -391,6 +392,31 @@ def test_a_layer_too_large_for_one_piece(static: bool) -> None:
     assert_same(run(lif, current, 3, static=static), run_oracle(lif, current, 3, static=static), 1e-8)
 
 
+# One threshold per channel
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("shape", [(4,), (4, 5), (4, 3, 2), (4, 30, 700), (4, 3, 2, 2)])
+def test_a_threshold_per_channel(steps: int, height: Any, static: bool, shape: tuple[int, ...]) -> None:
+    lif = LIF(torch.tensor([0.5, 0.8, 1.25, 2.0]), 0.7, height=height, initial=0.25).double()
+    current = noise((1 if static else steps) * 2, *shape)
+    assert_same(run(lif, current, steps, static=static), run_oracle(lif, current, steps, static=static), 1e-9)
+    if len(shape) == 3:
+        last = current.contiguous(memory_format=torch.channels_last)
+        assert_same(run(lif, last, steps, static=static), run_oracle(lif, current, steps, static=static), 1e-9)
+        assert lif(last, steps, static=static).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_as_many_thresholds_as_channels() -> None:
+    lif = LIF(torch.ones(3))
+    assert "3 of mean 1" in repr(lif)
+    for shape in [(2, 6), (3,), (2, 6, 3, 3)]:
+        with pytest.raises(ValueError, match=r"3 thresholds, one per channel \(dimension 1\), cannot serve"):
+            lif(torch.zeros(shape))
+
+
 # Compiled
 
 
@@ -445,6 +471,17 @@ def test_compiled_agrees_with_eager(steps: int, height: Any, static: bool) -> No
 
 
 @compile_tests
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiled_with_a_threshold_per_channel(layout: torch.memory_format) -> None:
+    for i, (C, side) in enumerate([(4, 5), (6, 3)]):
+        lif = LIF(torch.linspace(0.5, 2, C), 0.7, height="threshold", initial=0.5)
+        current = noise(3 * 2, C, side, side, dtype=torch.float32).to(memory_format=layout)
+        eager = run(lif, current, 3)
+        with compiled(True), torch._dynamo.config.patch(error_on_recompile=i > 0):
+            assert_same(run(lif, current, 3), eager, 1e-5)
+
+
+@compile_tests
 def test_compiled_compiles() -> None:
     torch.compiler.reset()
     with compiled(True):
@@ -477,8 +514,8 @@ def test_refuses_an_unknown_height() -> None:
         LIF(height=wrong)
 
 
-@pytest.mark.parametrize("threshold", [0.0, -1.0])
-def test_refuses_a_threshold_that_is_not_positive(threshold: float) -> None:
+@pytest.mark.parametrize("threshold", [0.0, -1.0, torch.tensor([1.0, 0.0])])
+def test_refuses_a_threshold_that_is_not_positive(threshold: float | Tensor) -> None:
     with pytest.raises(ValueError, match="threshold"):
         LIF(threshold)
 

@@ -15,6 +15,7 @@ Source: arXiv 2008.03658 and arXiv 2110.05929.
 """
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def membranes(
 ) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
     """Yield per step (membrane left by the step before, membrane before the reset, whether it fires).
 
-    current: [steps, N], or [1, N] if it is the same at every step.  left: what the membranes start from; None is 0.
+    current: [steps, …], or [1, …] if it is the same at every step.  left: what the membranes start from; None is 0.
     """
     for t in range(steps):
         now = current[t if len(current) == steps else 0].to(V.dtype)
@@ -69,7 +70,10 @@ def membranes(
 
 
 def _fire(current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, initial: float) -> Tensor:
-    """[steps, N] (or [1, N]) → spikes [steps, N] in the dtype of `current`."""
+    """[steps, A, C, Z] (or [1, A, C, Z]) → spikes [steps, A, C, Z] in the dtype of `current`.
+
+    C: the channels, with a threshold each: V is [C, 1]; with one threshold for all, C is 1.  A, Z: everything else.
+    """
     worth = V if height == "threshold" else torch.ones_like(V)
     left = initial * V if initial else None
     states = membranes(current, V, leak, steps, left)
@@ -82,9 +86,13 @@ def _fire_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_fire` with respect to current, threshold and leak. The membranes are computed again, so only
     `current` had to be kept."""
+
+    def each(x: Tensor) -> Tensor:  # [A, C, Z] → sums per channel [C, 1]
+        return x.sum((0, 2)).unsqueeze(1)
+
     states = list(membranes(current, V, leak, steps, initial * V if initial else None))
     to_current = []
-    to_V, to_leak = torch.zeros_like(V), torch.zeros_like(V)
+    to_V, to_leak = torch.zeros_like(V), torch.zeros_like(leak)
     carried = None  # dL/dU after the reset of step t, which comes from step t + 1
     for t in reversed(range(steps)):
         left, membrane, fires = states[t]
@@ -92,18 +100,18 @@ def _fire_backward(
         to_z = g * SURROGATE * (1 - (membrane / V - 1).abs()).clamp(min=0)  # dL/dz, for height 1
         if height == "threshold":
             to_z = to_z * V
-            to_V = to_V + torch.where(fires, g, 0).sum()  # through the height itself
-        to_V = to_V - (to_z * membrane).sum() / (V * V)  # ∂z/∂V = −U/V²
+            to_V = to_V + each(torch.where(fires, g, 0))  # through the height itself
+        to_V = to_V - each(to_z * membrane) / (V * V)  # ∂z/∂V = −U/V²
         to_membrane = to_z / V  # ∂z/∂U = 1/V
         if carried is not None:
             to_membrane = to_membrane + carried  # the reset passes dL/dU on: its s is a constant …
-            to_V = to_V - torch.where(fires, carried, 0).sum()  # … but its V is not
+            to_V = to_V - each(torch.where(fires, carried, 0))  # … but its V is not
         to_current.append(to_membrane)
         if left is not None:
             to_leak = to_leak + (to_membrane * left).sum()
         carried = leak * to_membrane
     if initial and carried is not None:
-        to_V = to_V + initial * carried.sum()
+        to_V = to_V + initial * each(carried)
     if len(current) == steps:
         return torch.stack(to_current[::-1]).to(current.dtype), to_V, to_leak
     return sum(to_current[1:], to_current[0])[None].to(current.dtype), to_V, to_leak
@@ -111,7 +119,7 @@ def _fire_backward(
 
 @cache
 def _kernel(function: Any) -> Any:
-    """`function` compiled with a symbolic N: one kernel per number of steps serves every layer. Raises rather than fall
+    """`function` compiled with symbolic sizes: a kernel per number of steps serves all layers. Raises rather than fall
     back to eager in silence."""
     return torch.compile(function, dynamic=True, fullgraph=True)
 
@@ -123,9 +131,9 @@ def _fused(function: Any, *args: Any) -> Any:
 
 
 class _Fire(torch.autograd.Function):
-    """All steps of one layer: one pass forward, one backward. It keeps the current and nothing else.
+    """All steps of one layer (shapes: `_fire`): one pass forward, one backward. It keeps the current and nothing else.
 
-    Without the compiler the columns are worked off in chunks, whose intermediate results stay in the processor's cache.
+    Without the compiler A is worked off in chunks, whose intermediate results stay in the processor's cache.
     """
 
     @staticmethod
@@ -140,7 +148,7 @@ class _Fire(torch.autograd.Function):
         if ctx.fuse:
             spikes: Tensor = _fused(_fire, current, *parameters)
             return spikes
-        return torch.cat([_fire(part, *parameters) for part in current.split(CHUNK, 1)], 1)
+        return torch.cat([_fire(part, *parameters) for part in _chunks(current)], 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -150,21 +158,32 @@ class _Fire(torch.autograd.Function):
         if ctx.fuse:
             to_current, to_V, to_leak = _fused(_fire_backward, grads[0].contiguous(), current, *parameters)
         else:
-            pairs = zip(grads[0].split(CHUNK, 1), current.split(CHUNK, 1), strict=True)
+            pairs = zip(_chunks(grads[0]), _chunks(current), strict=True)
             parts = [_fire_backward(grad, part, *parameters) for grad, part in pairs]
             to_current = torch.cat([part for part, _, _ in parts], 1)
-            to_V, to_leak = (torch.stack(sums).sum() for sums in list(zip(*parts, strict=True))[1:])
+            to_V, to_leak = (torch.stack(sums).sum(0) for sums in list(zip(*parts, strict=True))[1:])
         return to_current, to_V.to(threshold.dtype), to_leak.to(leak.dtype), None, None, None
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """[rows, A, C, Z] → parts of about CHUNK neurons."""
+    return x.split(max(1, CHUNK // max(1, x.shape[2] * x.shape[3])), 1)
 
 
 def _fire_layer(
     current: Tensor, threshold: Tensor, leak: Tensor, steps: int, rows: int, height: str, initial: float
 ) -> Tensor:
-    """Current [rows·B, …] → spikes [T·B, …] in the same memory format."""
+    """Current [rows·B, …] → spikes [T·B, …] in the same memory format. threshold: [] or [C]."""
     nhwc = _is_channels_last(current)
     dense = current.permute(0, 2, 3, 1) if nhwc else current  # one row per step, in memory order: nothing is copied
-    flat = dense.reshape(rows, dense.numel() // rows)
-    fired: Tensor = _Fire.apply(flat, threshold, leak, steps, height, initial)  # type: ignore[no-untyped-call]
+    N = dense.numel() // rows
+    C, Z = 1, 1  # one threshold for all
+    if threshold.dim():
+        C, Z = len(threshold), 1 if nhwc else math.prod(dense.shape[2:])
+    A = N // (C * Z) if C * Z else 0
+    flat = dense.reshape(rows, A, C, Z)
+    V = threshold.view(C, 1)
+    fired: Tensor = _Fire.apply(flat, V, leak, steps, height, initial)  # type: ignore[no-untyped-call]
     spikes = fired.view(dense.shape[0] // rows * steps, *dense.shape[1:])
     return spikes.permute(0, 3, 1, 2) if nhwc else spikes
 
@@ -221,10 +240,11 @@ class LIF(nn.Module):
                 f"current of shape {list(current.shape)} does not hold {steps} steps: its first dimension must be "
                 "steps·batch"
             )
-        if self.threshold.dim():  # one per channel: in units of its threshold every current has threshold 1
-            V = _channels(self.threshold, current)
-            spikes = _fire_layer(current / V, V.new_ones(()), self.leak, steps, rows, "unit", self.initial)
-            return (spikes * V if self.height == "threshold" else spikes).to(current.dtype)
+        if self.threshold.dim() and (current.dim() < 2 or current.shape[1] != len(self.threshold)):
+            raise ValueError(
+                f"{len(self.threshold)} thresholds, one per channel (dimension 1), cannot serve a current of shape "
+                f"{list(current.shape)}"
+            )
         return _fire_layer(current, self.threshold, self.leak, steps, rows, self.height, self.initial)
 
     @torch.no_grad()
@@ -234,24 +254,20 @@ class LIF(nn.Module):
         """`forward` without gradients from given membranes on: returns the spikes and the membranes after the last
         step, [B, …], to be given to the next call.
 
-        left: None is where a fresh layer starts. Per-channel thresholds have membranes in units of the threshold.
+        left: None is where a fresh layer starts.
         """
         now = current.unflatten(0, (1 if static else steps, -1))
         precision = torch.promote_types(current.dtype, torch.float32)
         V, leak = self.threshold.to(precision), self.leak.to(precision)
+        V = _channels(V, now[0]) if V.dim() else V
         worth = V if self.height == "threshold" else torch.ones_like(V)
-        unit: Tensor | None = None
-        if V.dim():
-            unit, worth = _channels(V, now[0]), _channels(worth, now[0])
-            V = torch.ones((), dtype=precision, device=V.device)
         if left is None and self.initial:
             left = self.initial * V
         format = torch.channels_last if _is_channels_last(current) else torch.contiguous_format
         shape = (steps * now.shape[1], *current.shape[1:])
         spikes = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=format)
         for t, out in enumerate(spikes.chunk(steps)):
-            one = now[0 if static else t] if unit is None else now[0 if static else t] / unit
-            _, membrane, fires = next(membranes(one[None], V, leak, 1, left))
+            _, membrane, fires = next(membranes(now[0 if static else t][None], V, leak, 1, left))
             left = torch.where(fires, membrane - V, membrane)
             out.copy_(torch.where(fires, worth, 0))
         return spikes, left
