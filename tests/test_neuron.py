@@ -409,6 +409,26 @@ def test_a_threshold_per_channel(steps: int, height: Any, static: bool, shape: t
         assert lif(last, steps, static=static).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("threshold", [torch.tensor(0.8), torch.tensor([0.5, 0.8, 1.25])])
+@pytest.mark.parametrize("initial", [0.0, 0.25])
+@pytest.mark.parametrize("layouts", ["cc", "cl", "lc", "ll"])
+def test_going_on_is_one_long_call(threshold: Tensor, initial: float, layouts: str) -> None:
+    """5 steps as 2 and 3, in any memory format."""
+    lif = LIF(threshold, 0.7, height="threshold", initial=initial).double()
+    current = noise(5 * 2, 3, 4, 2)
+    first, second = (
+        part.contiguous(memory_format=torch.channels_last if layout == "l" else torch.contiguous_format)
+        for part, layout in zip((current[:4], current[4:]), layouts, strict=True)
+    )
+    early, left = lif.go_on(first, 2, None)
+    late, left = lif.go_on(second, 3, left)
+    assert torch.equal(torch.cat([early, late]), lif(current, 5))
+    assert late.is_contiguous(memory_format=torch.channels_last) == (layouts[1] == "l")
+    assert left.shape == (2, 3, 4, 2)
+    still = lif.go_on(current[:2], 2, None, static=True)[0]
+    assert torch.equal(still, lif(current[:2], 2, static=True))
+
+
 def test_as_many_thresholds_as_channels() -> None:
     lif = LIF(torch.ones(3))
     assert "3 of mean 1" in repr(lif)
@@ -479,6 +499,8 @@ def test_compiled_with_a_threshold_per_channel(layout: torch.memory_format) -> N
         eager = run(lif, current, 3)
         with compiled(True), torch._dynamo.config.patch(error_on_recompile=i > 0):
             assert_same(run(lif, current, 3), eager, 1e-5)
+            early, left = lif.go_on(current[:2], 1, None)
+            assert torch.equal(torch.cat([early, lif.go_on(current[2:], 2, left)[0]]), eager["spikes"])
 
 
 @compile_tests

@@ -81,6 +81,13 @@ def _fire(current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, ini
     return torch.stack(spikes) if steps > 1 else spikes[0][None]
 
 
+def _step(now: Tensor, V: Tensor, leak: Tensor, left: Tensor | None, height: str) -> tuple[Tensor, Tensor]:
+    """One step of `_fire` from given membranes on: current [A, C, Z] → (spikes, membranes left)."""
+    _, membrane, fires = next(membranes(now[None], V, leak, 1, left))
+    worth = V if height == "threshold" else torch.ones_like(V)
+    return torch.where(fires, worth, 0).to(now.dtype), torch.where(fires, membrane - V, membrane)
+
+
 def _fire_backward(
     grad: Tensor, current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, initial: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,34 +174,27 @@ class _Fire(torch.autograd.Function):
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     """[rows, A, C, Z] → parts of about CHUNK neurons."""
-    return x.split(max(1, CHUNK // max(1, x.shape[2] * x.shape[3])), 1)
+    parts: tuple[Tensor, ...] = x.split(max(1, CHUNK // max(1, x.shape[2] * x.shape[3])), 1)
+    return parts
 
 
-def _fire_layer(
-    current: Tensor, threshold: Tensor, leak: Tensor, steps: int, rows: int, height: str, initial: float
-) -> Tensor:
-    """Current [rows·B, …] → spikes [T·B, …] in the same memory format. threshold: [] or [C]."""
-    nhwc = _is_channels_last(current)
-    dense = current.permute(0, 2, 3, 1) if nhwc else current  # one row per step, in memory order: nothing is copied
-    N = dense.numel() // rows
-    C, Z = 1, 1  # one threshold for all
-    if threshold.dim():
-        C, Z = len(threshold), 1 if nhwc else math.prod(dense.shape[2:])
-    A = N // (C * Z) if C * Z else 0
-    flat = dense.reshape(rows, A, C, Z)
-    V = threshold.view(C, 1)
-    fired: Tensor = _Fire.apply(flat, V, leak, steps, height, initial)  # type: ignore[no-untyped-call]
-    spikes = fired.view(dense.shape[0] // rows * steps, *dense.shape[1:])
-    return spikes.permute(0, 3, 1, 2) if nhwc else spikes
+def _rows(current: Tensor, channels: int, rows: int) -> Tensor:
+    """[rows·B, …] → [rows, A, C, Z] in memory order: nothing is copied. channels: how many have a threshold of their
+    own; 1, and C is 1, if all share one."""
+    dense = current.permute(0, 2, 3, 1) if _is_channels_last(current) else current
+    Z = 1 if channels == 1 or dense is not current else math.prod(current.shape[2:])
+    return dense.reshape(rows, current.numel() // (rows * channels * Z) if Z else 0, channels, Z)
+
+
+def _unrows(flat: Tensor, like: Tensor, size: int) -> Tensor:
+    """The inverse: [steps, A, C, Z] → [size, …] in the shape and memory format of `like`."""
+    if _is_channels_last(like):
+        return flat.view(size, *like.shape[2:], like.shape[1]).permute(0, 3, 1, 2)
+    return flat.view(size, *like.shape[1:])
 
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def _channels(x: Tensor, like: Tensor) -> Tensor:
-    """[C] → [1, C, 1, …] with as many dimensions as `like`."""
-    return x.view(1, -1, *[1] * (like.dim() - 2))
 
 
 class LIF(nn.Module):
@@ -245,32 +245,34 @@ class LIF(nn.Module):
                 f"{len(self.threshold)} thresholds, one per channel (dimension 1), cannot serve a current of shape "
                 f"{list(current.shape)}"
             )
-        return _fire_layer(current, self.threshold, self.leak, steps, rows, self.height, self.initial)
+        V = self.threshold.view(-1, 1)
+        flat = _rows(current, len(V), rows)
+        spikes: Tensor = _Fire.apply(flat, V, self.leak, steps, self.height, self.initial)  # type: ignore[no-untyped-call]
+        return _unrows(spikes, current, len(current) // rows * steps)
 
     @torch.no_grad()
-    def go_on(
-        self, current: Tensor, steps: int, left: Tensor | None, *, static: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def go_on(self, current: Tensor, steps: int, left: Tensor | None, *, static: bool = False) -> tuple[Tensor, Tensor]:
         """`forward` without gradients from given membranes on: returns the spikes and the membranes after the last
         step, [B, …], to be given to the next call.
 
         left: None is where a fresh layer starts.
         """
-        now = current.unflatten(0, (1 if static else steps, -1))
+        rows = 1 if static else steps
         precision = torch.promote_types(current.dtype, torch.float32)
-        V, leak = self.threshold.to(precision), self.leak.to(precision)
-        V = _channels(V, now[0]) if V.dim() else V
-        worth = V if self.height == "threshold" else torch.ones_like(V)
-        if left is None and self.initial:
-            left = self.initial * V
-        format = torch.channels_last if _is_channels_last(current) else torch.contiguous_format
-        shape = (steps * now.shape[1], *current.shape[1:])
-        spikes = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=format)
-        for t, out in enumerate(spikes.chunk(steps)):
-            _, membrane, fires = next(membranes(now[0 if static else t][None], V, leak, 1, left))
-            left = torch.where(fires, membrane - V, membrane)
-            out.copy_(torch.where(fires, worth, 0))
-        return spikes, left
+        V, leak = self.threshold.to(precision).view(-1, 1), self.leak.to(precision)
+        flat = _rows(current, len(V), rows)
+        one = current[: len(current) // rows]
+        held: Tensor | None = (self.initial * V).expand(flat.shape[1:]) if self.initial else None
+        if left is not None:
+            format = torch.channels_last if _is_channels_last(one) else torch.contiguous_format
+            held = _rows(left.contiguous(memory_format=format), len(V), 1)[0]
+        spikes = flat.new_empty(steps, *flat.shape[1:])
+        for t, out in enumerate(spikes):
+            arguments = flat[0 if static else t], V, leak, held, self.height
+            fired, held = _fused(_step, *arguments) if _compiled.get() else _step(*arguments)
+            out.copy_(fired)
+        assert held is not None
+        return _unrows(spikes, current, len(one) * steps), _unrows(held, one, len(one))
 
     def extra_repr(self) -> str:
         V = self.threshold.detach()
