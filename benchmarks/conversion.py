@@ -24,6 +24,7 @@ from unitstep.conversion import spiking
 from unitstep.data import Split, load_train
 from unitstep.ladder import calibration_images
 from unitstep.measurement import wilson
+from unitstep.neuron import compiled
 from unitstep.runs import Run, provenance, write_json
 
 HERE = Path(__file__).parent
@@ -38,12 +39,13 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "least squares": {"thresholds": "mse"},
 }
 RATE = "rate code, percentile 99.7"
+BATCH = 250  # images at a time
 CALIBRATION_STEPS = 8  # currents are taken over T steps, but at most over so many
 
 
 def batches(split: Split, images: int) -> Iterator[tuple[Tensor, Tensor]]:
     seen = 0
-    for x, y in split.batches(250):
+    for x, y in split.batches(BATCH):
         yield x[: images - seen].contiguous(memory_format=torch.channels_last), y[: images - seen]
         seen += len(x)
         if seen >= images:
@@ -51,26 +53,34 @@ def batches(split: Split, images: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def right_at(snn: Any, split: Split, images: int, marks: tuple[int, ...], rate: bool) -> dict[int, int]:
-    """Images whose class has the largest summed output after each number of steps in `marks`."""
+def right_at(
+    snn: Any, x: Tensor, y: Tensor, marks: tuple[int, ...], *, rate_seed: int | None = None, bf16: bool = False
+) -> dict[int, int]:
+    """Images whose class has the largest summed output after each number of steps in `marks`.
+
+    rate_seed: show black and white frames, drawn with it, in place of the images.  bf16: weights and currents;
+    membranes and sums are fp32 all the same.
+    """
     right = dict.fromkeys(marks, 0)
-    generator = torch.Generator().manual_seed(0)
-    for x, y in batches(split, images):
-
-        def frames(x: Tensor = x) -> Iterator[Tensor]:
-            for _ in range(max(marks)):  # a pixel is white with a probability of its brightness, else black
-                draw = torch.randint(255, x.shape, generator=generator)
-                yield ((draw < x) * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
-
-        total: Any = 0
-        for t, output in enumerate(unroll(snn, frames() if rate else itertools.repeat(x, max(marks))), 1):
-            total = total + output
+    total: Any = 0
+    frames = itertools.repeat(x, max(marks)) if rate_seed is None else rate_code(x, max(marks), rate_seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), compiled(True):
+        for t, output in enumerate(unroll(snn, frames), 1):
+            total = total + output.float()
             if t in right:
                 right[t] += int((total.argmax(1) == y).sum())
     return right
 
 
-def measure(run: Run, data: str | None, images: int, rate_images: int) -> dict[str, Any]:
+def rate_code(x: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
+    """At every step a pixel is white with a probability of its brightness, else black."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        draw = torch.randint(255, x.shape, generator=generator)
+        yield ((draw < x) * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
+def measure(run: Run, data: str | None, images: int, rate_images: int, bf16: bool) -> dict[str, Any]:
     r = run.recipe
     train, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment)
     images, rate_images = min(images, len(val)), min(rate_images, len(val))
@@ -81,8 +91,8 @@ def measure(run: Run, data: str | None, images: int, rate_images: int) -> dict[s
     if found.get("recipe", recipe) != recipe or found.get("images", images) != images:
         raise ValueError(f"{RECORD} is of another run or number of images: move it away")
     with torch.no_grad():
-        right = sum(int((cnn(x).argmax(1) == y).sum()) for x, y in batches(val, images))
-    found |= {"schema": 1, "recipe": recipe, "images": images, "cnn_accuracy": 100 * right / images, **provenance()}
+        cnn_right = sum(int((cnn(x).argmax(1) == y).sum()) for x, y in batches(val, images))
+    found |= {"schema": 1, "recipe": recipe, "images": images, "cnn_accuracy": 100 * cnn_right / images, **provenance()}
     rows: list[dict[str, Any]] = found.setdefault("rows", [])
     done = {(row["strategy"], row["initial"], row["steps"]) for row in rows}
     calibration = calibration_images(r, train).contiguous(memory_format=torch.channels_last)
@@ -107,19 +117,25 @@ def measure(run: Run, data: str | None, images: int, rate_images: int) -> dict[s
             snn = spiking(cnn, initial=initial, norm="fold")
             over = min(marks[0], CALIBRATION_STEPS)
             calibrate_(snn, calibration, steps=marks[0], calibration_steps=over, **options)
-            right = right_at(snn, val, images, marks, rate=False)
+            parts = [right_at(snn, x, y, marks) for x, y in batches(val, images)]
+            right = {mark: sum(part[mark] for part in parts) for mark in marks}
             add(strategy, initial, images, right, time.perf_counter() - started)
     if (RATE, 0.0, max(RATE_STEPS)) not in done and rate_images:
-        started = time.perf_counter()
         options = {"thresholds": "percentile", "percentile": 99.7}
         snn = calibrate_(spiking(cnn, norm="fold"), calibration, steps=CALIBRATION_STEPS, **options)
-        add(
-            RATE,
-            0.0,
-            rate_images,
-            right_at(snn, val, rate_images, RATE_STEPS, rate=True),
-            time.perf_counter() - started,
-        )
+        so_far = found.setdefault("rate", {"bf16": bf16, "images": 0, "seconds": 0.0, "right": {}})
+        for number, (x, y) in enumerate(batches(val, rate_images)):
+            if number * BATCH < so_far["images"]:
+                continue
+            started = time.perf_counter()
+            for mark, hits in right_at(snn, x, y, RATE_STEPS, rate_seed=number, bf16=so_far["bf16"]).items():
+                so_far["right"][str(mark)] = so_far["right"].get(str(mark), 0) + hits
+            so_far["images"] += len(x)
+            so_far["seconds"] += time.perf_counter() - started
+            write_json(RECORD, found)
+            print(f"{RATE}: {so_far['images']} of {rate_images} images, {so_far['seconds']:.0f} s", flush=True)
+        right = {int(mark): hits for mark, hits in so_far["right"].items()}
+        add(RATE, 0.0, so_far["images"], right, so_far["seconds"])
     return found
 
 
@@ -166,8 +182,9 @@ def main() -> None:
     parser.add_argument("--data", help="where the images are, if no longer where the run's recipe says")
     parser.add_argument("--images", type=int, default=1000, help="validation images per figure (default 1000)")
     parser.add_argument("--rate-images", type=int, default=1000, help="the same for the rate code; 0 leaves it out")
+    parser.add_argument("--rate-bf16", action="store_true", help="weights and currents of the rate code in bf16")
     options = parser.parse_args()
-    found = measure(Run(options.run), options.data, options.images, options.rate_images)
+    found = measure(Run(options.run), options.data, options.images, options.rate_images, options.rate_bf16)
     (HERE.parent / "docs" / "conversion-table.md").write_text(table(found))
     draw(found, HERE.parent / "docs" / "conversion.png")
     print(table(found))
