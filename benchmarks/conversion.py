@@ -22,10 +22,11 @@ from torch import Tensor
 from unitstep.calibration import calibrate_, unroll
 from unitstep.conversion import spiking
 from unitstep.data import Split, load_train
+from unitstep.files import write_json
 from unitstep.ladder import calibration_images
 from unitstep.measurement import wilson
 from unitstep.neuron import compiled
-from unitstep.runs import Run, provenance, write_json
+from unitstep.runs import Run, provenance
 
 HERE = Path(__file__).parent
 RECORD = HERE / "records" / "conversion.json"

@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from unitstep.files import write_json
 from unitstep.recipes import differences
-from unitstep.runs import Run, write_json
+from unitstep.runs import Run
 
 RECORDS = Path(__file__).parent / "records"
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from tests.small import small
 from unitstep import Run, load, train
-from unitstep.runs import locked, open_run, write_whole
+from unitstep.files import write_whole
+from unitstep.runs import locked, open_run
 
 
 @pytest.fixture

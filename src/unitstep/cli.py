@@ -29,6 +29,7 @@ usage: unitstep VERB …      (unitstep VERB --help tells more)
   train RECIPE --out RUN        train a CNN and take it down the ladder to one timestep, or go on with a stopped run
   convert MODULE:FUNCTION …     make your own trained CNN the start of a run, and say what becomes of each layer
   train --from RUN              go on with a run: the spiking stages of your own CNN, or a stopped run
+  pack IMAGES --out FOLDER      decode a data set once, into a few tensor files that train and measure take as --data
   measure RUN                   evaluate every stage of a run once on the test images
 """
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     verbs: dict[str, Callable[[list[str]], int]] = {
-        "recipes": _recipes, "train": _train, "convert": _convert, "measure": _measure,
+        "recipes": _recipes, "train": _train, "convert": _convert, "pack": _pack, "measure": _measure,
     }  # fmt: skip
     if verb in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -243,6 +244,35 @@ def _convert(arguments: list[str]) -> int:
         return 0
 
     return tyro.cli(convert, prog=f"unitstep convert {net}", args=options)
+
+
+def _pack(arguments: list[str]) -> int:
+    import tyro
+
+    def pack(
+        source: Annotated[str, tyro.conf.Positional],
+        out: Path,
+        size: int = 32,
+        channels: Literal[3, 1] = 3,
+        bad_images: Literal["refuse", "skip"] = "refuse",
+    ) -> int:
+        """Decode a data set once and write it as tensor files of at most 60 MB. The folder serves as --data on machines
+        without the original, as long as size and channels are the recipe's.
+
+        Args:
+            source: A folder of class folders or of parquet files, or a Hugging Face hub name.
+            out: Folder for the files; must be empty or absent.
+            size: Height and width, in pixels.
+            channels: 3 for colour, 1 for grey.
+            bad_images: What to do with images that cannot be read.
+        """
+        from unitstep import data
+
+        for path in data.pack(source, out, size=size, channels=channels, bad_images=bad_images):
+            sys.stdout.write(f"{path}  {path.stat().st_size / 1e6:.1f} MB\n")
+        return 0
+
+    return tyro.cli(pack, prog="unitstep pack", args=arguments)
 
 
 def _measure(arguments: list[str]) -> int:

@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
+from unitstep import packed
+
 AUGMENTATIONS = ("none", "flip", "crop-flip", "resized-crop-flip")
 EVALUATION_ZOOM = 256 / 224  # streamed evaluation: shorter side over crop side
 MANY = 10_000  # an in-memory set of at least so many images is decoded by worker processes
@@ -56,9 +58,10 @@ def load_train(
     of what the class has), chosen by a generator with seed 0, so it is the same in every run.
 
     `source` is `fashion-mini` (ships with the package); or a folder of parquet shards in hub layout
-    (`train-00000-of-00004.parquet`, `test-…`); or a folder of class folders (`DIR/train/cat/1.jpg`, `DIR/test/…`); or a
-    Hugging Face hub name (`uoft-cs/cifar10`). The image and the label column are found by their types; where there are
-    several, the source says which: `PATH?image=img&label=fine_label` (`config=NAME` picks a hub configuration).
+    (`train-00000-of-00004.parquet`, `test-…`); or a folder that `pack` made; or a folder of class folders
+    (`DIR/train/cat/1.jpg`, `DIR/test/…`); or a Hugging Face hub name (`uoft-cs/cifar10`). The image and the label
+    column are found by their types; where there are several, the source says which: `PATH?image=img&label=fine_label`
+    (`config=NAME` picks a hub configuration).
     The test split is the first of test, validation, valid, val that has labels. It must exist here already.
 
     Every image becomes uint8 [`channels`, `size`, `size`]: the shorter side is resized to `size` pixels (bicubic,
@@ -98,6 +101,36 @@ def load_test(
     """
     opened = _open(source, size, channels, augment, bad_images, memory_limit, workers)
     return opened.split(opened.test, torch.arange(len(opened.labels[opened.test])))
+
+
+def pack(
+    source: str,
+    out: str | Path,
+    *,
+    size: int,
+    channels: int,
+    bad_images: Literal["refuse", "skip"] = "refuse",
+    workers: int = WORKERS,
+) -> list[Path]:
+    """Decode a source once and write it to the folder `out` as tensor files of at most 60 MB; returns their paths.
+
+    The folder is a source itself, for images of this size and number of channels: training takes the same images from
+    it in the same order (unless images were skipped), and needs neither `datasets` nor a decoder. Arguments and errors
+    are those of `load_train`; ValueError also if `out` holds something, or if the set is too large for memory.
+    """
+    folder = Path(out)
+    opened = _open(source, size, channels, "none", bad_images, 4 * 2**30, workers)
+    if isinstance(opened, _Opened) and opened.streamed:
+        raise ValueError(f"{source!r} is too large for memory at {size}×{size} pixels; only smaller sets can be packed")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, split in (("train", "train"), ("test", opened.test)):
+        part = opened.split(split, torch.arange(len(opened.labels[split])))
+        assert isinstance(part, InMemory)
+        paths += packed.write(folder, name, part.images, part.labels, part.classes)
+    return paths
 
 
 def mix(*numbers: int) -> int:
@@ -335,9 +368,29 @@ class _Opened:
         return InMemory(images[: len(rows)], labels, self.classes, skipped=skipped)
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """A source that `pack` wrote: the same, already decoded."""
+
+    parts: Mapping[str, packed.Part]
+    test: str = "test"
+
+    @property
+    def labels(self) -> Mapping[str, Tensor]:
+        return {name: part.labels for name, part in self.parts.items()}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.parts["train"].classes
+
+    def split(self, name: str, rows: Tensor) -> Split:
+        part = self.parts[name]
+        return InMemory(part.images[rows], part.labels[rows], part.classes)
+
+
 def _open(
     source: str, size: int, channels: int, augment: str, bad_images: str, memory_limit: int, workers: int
-) -> _Opened:
+) -> _Opened | _Packed:
     _positive(size, "size")
     _one_of(augment, AUGMENTATIONS, "augment")
     _one_of(bad_images, ("refuse", "skip"), "bad_images")
@@ -346,6 +399,16 @@ def _open(
     if workers < 0:
         raise ValueError(f"workers must be at least 0, not {workers}")
 
+    if packed.is_packed(folder := Path(source).expanduser()):
+        parts = packed.read(folder)
+        if (shape := tuple(parts["train"].images.shape[1:])) != (channels, size, size):
+            raise ValueError(
+                f"{source!r} holds images of {shape[0]} channels and {shape[1]}×{shape[2]} pixels, but {channels} and "
+                f"{size}×{size} are wanted: pack the original anew"
+            )
+        if augment == "resized-crop-flip":
+            raise ValueError(f"{source!r} is packed, but augment={augment!r} needs the original images")
+        return _Packed(parts)
     place, _, query = source.partition("?")
     choice = dict(parse_qsl(query, keep_blank_values=True))
     for key in choice:

@@ -27,9 +27,10 @@ from torch.nn import functional as F
 from unitstep.calibration import calibrate_, to_spiking
 from unitstep.conversion import Spiking
 from unitstep.data import Split, load_train, mix
+from unitstep.files import write_json
 from unitstep.neuron import clamp_, compiled, compiler_available
 from unitstep.recipes import Recipe, Stage
-from unitstep.runs import SCHEMA, Run, build_cnn, locked, open_run, write_json
+from unitstep.runs import SCHEMA, Run, build_cnn, locked, open_run
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from unitstep.conversion import Spiking
 from unitstep.data import Split, load_test
+from unitstep.files import read_json, write_json
 from unitstep.ladder import choose_device, forward
 from unitstep.neuron import compiled, compiler_available
-from unitstep.runs import SCHEMA, Run, provenance, read_json, write_json
+from unitstep.runs import SCHEMA, Run, provenance
 
 
 @dataclass(frozen=True)

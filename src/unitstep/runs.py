@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from unitstep import nets
 from unitstep.conversion import Spiking, spiking
+from unitstep.files import read_json, write_json, write_whole
 from unitstep.recipes import Recipe, Stage, differences, recipe_from_dict
 
 SCHEMA = 1
@@ -227,41 +228,6 @@ def locked(run: Run) -> Iterator[None]:
         raise ValueError(f"another process is at work in {run.path}: wait for it or stop it") from error
     finally:
         os.close(handle)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. OSError, with the old file untouched, if that fails."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename too
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError, with the file's name, if it is anything else."""
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it does not hold a JSON object")
-    return value
 
 
 def _read_info(path: Path) -> dict[str, Any]:

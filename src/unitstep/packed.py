@@ -1,0 +1,92 @@
+"""A data set as a few tensor files: images as uint8, decoded and resized, for machines that lack the libraries or the
+time to read the original. Knows nothing of where the images came from.
+
+A packed folder holds `train-00000-of-00003.safetensors`, …, `test-…`; each part has the tensors `images` uint8
+[n, C, H, W] and `labels` int64 [n], and as metadata the names of the classes.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from unitstep.files import write_whole
+
+PART_BYTES = 60_000_000  # a part is at most so large
+SCHEMA = 1
+_NAME = re.compile(r"(train|test)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+class Part(NamedTuple):
+    """A split as it is packed."""
+
+    images: Tensor
+    """uint8 [N, C, H, W]."""
+    labels: Tensor
+    """int64 [N]."""
+    classes: tuple[str, ...]
+
+
+def is_packed(folder: Path) -> bool:
+    return folder.is_dir() and any(_NAME.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+def write(folder: Path, split: str, images: Tensor, labels: Tensor, classes: Sequence[str]) -> list[Path]:
+    """Write a split in parts of at most PART_BYTES; returns their paths.
+
+    images: uint8 [N, C, H, W].  labels: int64 [N].
+    """
+    rows = max(1, (PART_BYTES - 4096) // (images[0].numel() + 8))
+    count = -(-len(images) // rows)
+    about = json.dumps({"schema": SCHEMA, "classes": list(classes)})
+    paths = []
+    for number, (part, of) in enumerate(zip(images.split(rows), labels.split(rows), strict=True)):
+        paths.append(folder / f"{split}-{number:05}-of-{count:05}.safetensors")
+        tensors = {"images": part.contiguous(), "labels": of.contiguous()}
+        write_whole(paths[-1], save(tensors, metadata={"unitstep": about}))
+    return paths
+
+
+def read(folder: Path) -> dict[str, Part]:
+    """The splits "train" and "test" of a packed folder. ValueError if a part is missing, damaged or of another set."""
+    there: dict[str, dict[int, Path]] = {}
+    counts: dict[str, set[int]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := _NAME.fullmatch(path.name):
+            there.setdefault(match[1], {})[int(match[2])] = path
+            counts.setdefault(match[1], set()).add(int(match[3]))
+    splits = {}
+    for split in ("train", "test"):
+        if len(counts.get(split, ())) != 1:
+            what = "no part" if split not in counts else "parts of several packings"
+            raise ValueError(f"{folder} has {what} of the split {split!r}: unitstep pack makes them anew")
+        (count,) = counts[split]
+        if missing := [number for number in range(count) if number not in there[split]]:
+            raise ValueError(f"{folder} lacks part {missing[0]} of {count} of the split {split!r} (counted from 0)")
+        parts = [_read(there[split][number]) for number in range(count)]
+        if len({(part.classes, part.images.shape[1:]) for part in parts}) != 1:
+            raise ValueError(f"{folder}: the parts of the split {split!r} are of different data sets")
+        images, labels = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:2])
+        splits[split] = Part(images, labels, parts[0].classes)
+    if splits["train"].classes != splits["test"].classes:
+        raise ValueError(f"{folder}: train and test have different classes")
+    return splits
+
+
+def _read(path: Path) -> Part:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["unitstep"])
+            images, labels = file.get_tensor("images"), file.get_tensor("labels")
+        classes = tuple(about["classes"])
+        if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1]:
+            raise ValueError(f"images of shape {list(images.shape)}, labels of shape {list(labels.shape)}")
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or was not written by unitstep pack ({error})") from error
+    return Part(images, labels, classes)
