@@ -56,6 +56,19 @@ def test_the_same_command_again_trains_nothing(unbroken):
     assert weights(again).keys() == before.keys()
 
 
+def test_two_ladders_from_one_cnn(unbroken, tmp_path):
+    straight = small(1)
+    run = train(straight, tmp_path / "straight", cnn=unbroken.path)
+    for key, tensor in load_file(unbroken.stages[0].path).items():
+        assert torch.equal(load_file(run.stages[0].path)[key], tensor)
+    assert run.stages[0].seconds == unbroken.stages[0].seconds
+    assert [stage.stage.steps for stage in run.stages] == [None, 1]
+    with pytest.raises(ValueError, match="is not this recipe's network"):
+        train(replace(straight, net="vgg-small"), tmp_path / "other", cnn=unbroken)
+    with pytest.raises(ValueError, match="is not a run folder"):
+        train(straight, tmp_path / "none", cnn=tmp_path / "nothing")
+
+
 @pytest.mark.parametrize(("index", "step"), [(0, 5), (1, 2), (2, 1)])
 def test_killed_anywhere_and_resumed_is_the_unbroken_run(unbroken, tmp_path, index, step):
     program = f"""

@@ -124,6 +124,7 @@ def _train(arguments: list[str]) -> int:
     def train(
         out: Path,
         recipe: Annotated[Recipe, tyro.conf.arg(name="")] = shipped,
+        cnn: Path | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         compile: Literal["auto", "on", "off"] = "auto",
@@ -137,6 +138,7 @@ def _train(arguments: list[str]) -> int:
         Args:
             out: Folder of the run; made if it is not there.
             recipe: The experiment.
+            cnn: A run whose trained CNN is taken over; None: it is trained.
             device: Where to train; auto takes a GPU if there is one.
             precision: bf16 is mixed precision; auto uses it where the hardware has matrix units for it.
             compile: Fuse the neurons by torch.compile; auto does so where a compiler is there and the stage is long
@@ -157,7 +159,7 @@ def _train(arguments: list[str]) -> int:
         with _bars() as bars:
             try:
                 run = ladder.train(
-                    recipe, out, device=device, precision=precision, compile=compile, time_limit=time_limit,
+                    recipe, out, cnn=cnn, device=device, precision=precision, compile=compile, time_limit=time_limit,
                     max_loss=max_loss, bad_images=bad_images, progress=bars.training,
                 )  # fmt: skip
             except KeyboardInterrupt:

@@ -78,6 +78,7 @@ def train(
     out: str | Path,
     *,
     data: str | None = None,
+    cnn: Run | str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
     compile: Literal["auto", "on", "off"] = "auto",
@@ -89,8 +90,10 @@ def train(
     """Train all stages of `recipe` in the run folder `out`, or go on with what is there; returns the run as far as it
     got.
 
-    data: images to use in place of the recipe's.  device: auto, cpu, cuda.  precision: auto, fp32, bf16 (mixed:
-    weights, membranes, evaluation stay fp32).
+    data: images to use in place of the recipe's.
+    cnn: a run whose trained CNN is taken over, so that several ladders start from the same one; its accuracy and
+    seconds come with it.
+    device: auto, cpu, cuda.  precision: auto, fp32, bf16 (mixed: weights, membranes, evaluation stay fp32).
     compile: fuse the neurons by torch.compile; auto does where a compiler is there and the stage is long enough to
     gain.
     time_limit: minutes after which it stops, with a saved state.  max_loss: percentage points of validation accuracy;
@@ -115,6 +118,8 @@ def train(
         )
         if skipped := [*train_split.skipped, *val_split.skipped]:
             warnings.warn(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}", stacklevel=2)
+        if cnn is not None and not run.stage_path(0).exists():
+            _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), train_split.classes)
         train_split, val_split = train_split.to(where), val_split.to(where)
 
         def stop() -> bool:
@@ -135,6 +140,21 @@ def train(
             if max_loss is not None and reference - accuracy > max_loss:
                 break
     return run
+
+
+def _take_cnn(run: Run, source: Run, classes: tuple[str, ...]) -> None:
+    """Write the CNN of `source` as the first stage of `run`. ValueError if it is not trained, or another network."""
+    if not source.stage_path(0).exists():
+        raise ValueError(f"{source.path} has no trained CNN to start from: unitstep train goes on with it")
+    tensors, info = source.load(source.stage_path(0), 0)
+    try:
+        build_cnn(run.recipe, len(classes)).load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"the CNN of {source.path} is not this recipe's network: {error}") from error
+    if tuple(info["classes"]) != classes:
+        raise ValueError(f"the CNN of {source.path} was trained for other classes: {', '.join(info['classes'][:10])}")
+    given = {key: info[key] for key in ("val_accuracy", "seconds", "classes")}
+    run.save(run.stage_path(0), tensors, 0, **given)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,216 @@
+"""The controls: what the ladder gives, against what else the same training could have bought.
+
+    python benchmarks/controls.py --data IMAGES --out RUNS     goes on with benchmarks/records/controls.json
+
+IMAGES is CIFAR-10. Every run trains the same small network, starts from the same CNN of its seed, and costs the same:
+COST passes over the images, a pass at T timesteps counting T times. Half of it goes to the rungs above T = 1, the same
+number of epochs each. A CNN costs as much per pass as T = 1, so training from scratch gets the CNN's passes as well.
+All accuracies are of the validation images: ladders are chosen here.
+
+The record is written after every run; the same command goes on. Seeds are outermost, so that what is there after any
+seed is complete. `--variants LADDER` then changes one thing at a time on that ladder. At the end docs/controls-table.md
+and docs/controls.png are written.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+from unitstep.data import load_train
+from unitstep.files import write_json
+from unitstep.ladder import train
+from unitstep.measurement import measure
+from unitstep.recipes import Recipe, Stage
+from unitstep.runs import Run, provenance
+
+HERE = Path(__file__).parent
+RECORD = HERE / "records" / "controls.json"
+Norm = Literal["keep", "none"]
+NORMS: tuple[Norm, ...] = ("keep", "none")
+SEEDS = (0, 1, 2)
+CNN_EPOCHS, COST = 4, 6.0
+FULL, STRAIGHT, SCRATCH = "5→4→3→2→1", "straight to 1", "from scratch"
+LADDERS: dict[str, tuple[int, ...]] = {  # timesteps of the rungs above T = 1
+    FULL: (5, 4, 3, 2), "5→3→1": (5, 3), "5→1": (5,), "3→2→1": (3, 2), STRAIGHT: (), SCRATCH: (),
+}  # fmt: skip
+CNN = Recipe("control-cnn", "", "vgg-small", (Stage(None, CNN_EPOCHS, 0.1),), padding=2)
+VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept
+    "batch norm folded first": {"norm": "fold"},
+    "max pools": {"pool": "max"},
+    "readout sum": {"readout": "sum"},
+    "height 1": {"height": "unit"},
+    "initial membrane 0.5": {"initial": 0.5},
+    "percentile 70": {"percentile": 70.0},
+    "percentile 99": {"percentile": 99.0},
+    "percentile 99 per channel, initial 0.5": {
+        "thresholds": "channel-percentile", "percentile": 99.0, "initial": 0.5,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Control:
+    """One run: which ladder, with or without batch norm, what is changed, which seed."""
+
+    ladder: str
+    norm: Norm
+    variant: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        words = f"{self.ladder}-{self.norm}-{self.variant}-{self.seed}".replace("→", "").replace(",", "")
+        return words.replace(" ", "_").replace("__", "_")
+
+    def recipe(self, data: str) -> Recipe:
+        kept = self.norm == "keep"
+        # without batch norm the large steps of a CNN with it diverge
+        epochs = CNN_EPOCHS if self.ladder != SCRATCH else 1e-9  # … of which one optimiser step is made
+        cnn = Stage(None, epochs, 0.1 if kept else 0.02, "nesterov", 5e-4, warmup=0.2, label_smoothing=0.1)
+        spiking = Stage(1, COST, 2e-3 if kept else 1e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1)
+        upper = LADDERS[self.ladder]
+        rungs = [replace(spiking, steps=steps, epochs=COST / 2 / sum(upper)) for steps in upper]
+        last = replace(spiking, epochs=COST / 2 if upper else COST)
+        if self.ladder == SCRATCH:
+            last = replace(last, epochs=COST + CNN_EPOCHS)
+        fields = {"norm": self.norm, **VARIANTS.get(self.variant, {})}
+        return replace(CNN, name="control", data=data, stages=(cnn, *rungs, last), seed=self.seed, **fields)
+
+
+def controls(variants: str | None) -> Iterator[Control]:
+    for seed in SEEDS:
+        for norm in NORMS:
+            for ladder in LADDERS:
+                yield Control(ladder, norm, "", seed)
+    for seed in SEEDS if variants else ():
+        for variant in VARIANTS:
+            yield Control(variants or "", "keep", variant, seed)
+
+
+def run(control: Control, data: str, out: Path, deadline: float, **options: Any) -> dict[str, Any] | None:
+    """Train, and measure on the validation images; None if the time was up before."""
+    recipe = control.recipe(data)
+
+    def left() -> float:
+        return max(0.0, (deadline - time.monotonic()) / 60)
+
+    cnn: Run | None = None
+    if control.ladder != SCRATCH:  # one CNN for all ladders of a seed
+        norm: Norm = "none" if recipe.norm == "none" else "keep"
+        alone = replace(CNN, data=data, stages=recipe.stages[:1], seed=recipe.seed, norm=norm, pool=recipe.pool)
+        cnn = train(alone, out / f"cnn-{norm}-{recipe.pool}-{recipe.seed}", time_limit=left(), **options)
+        if not cnn.stages:
+            return None
+    made = train(recipe, out / control.folder, cnn=cnn, time_limit=left(), **options)
+    if len(made.stages) < len(recipe.stages):
+        return None
+    _, val = load_train(recipe.data, size=recipe.size, channels=recipe.channels)
+    stages: list[dict[str, Any]] = []
+    for stage in made.stages:
+        found = measure(made.net(stage.index), val, steps=stage.stage.steps, device=options["device"])
+        layers = [{"name": layer.name, "rate": layer.rate, "dead": layer.dead} for layer in found.layers]
+        stages.append(
+            {"steps": stage.stage.steps, "epochs": stage.stage.epochs, "val_accuracy": stage.val_accuracy}
+            | {"spikes_per_neuron": found.spikes_per_neuron, "seconds": stage.seconds, "layers": layers}
+        )
+    about = {key: made.about.get(key) for key in ("precision", "device")}
+    return {**asdict(control), "stages": stages, "val_images": len(val), **about, **provenance()}
+
+
+def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """The runs of each (norm, ladder, variant), one per seed."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["norm"], row["ladder"], row["variant"]), []).append(row)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Validation accuracy in percent: one line per ladder or variant; mean, and ± the standard deviation over seeds."""
+
+    def cell(values: list[float], digits: int) -> str:
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{spread}"
+
+    text = [
+        "| batch norm | ladder | changed | CNN | before T = 1 | T = 1 | spikes per neuron | dead | n |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (norm, ladder, variant), runs in lines(rows).items():
+        cnn = "" if ladder == SCRATCH else cell([run["stages"][0]["val_accuracy"] for run in runs], 1)
+        above = cell([run["stages"][-2]["val_accuracy"] for run in runs], 1) if LADDERS[ladder] else ""
+        last = [run["stages"][-1] for run in runs]
+        dead = cell([100 * max(layer["dead"] for layer in stage["layers"]) for stage in last], 0)
+        cells = [norm, ladder, variant, cnn, above, cell([stage["val_accuracy"] for stage in last], 1)]
+        cells += [cell([stage["spikes_per_neuron"] for stage in last], 3), f"{dead} %", str(len(runs))]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Left: accuracy at T = 1 of each ladder, one dot per seed. Right: spikes per neuron in each layer there, for the
+    whole ladder and straight."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    dots, rates = figure.subplots(1, 2)
+    colours = {"keep": "C0", "none": "C1"}
+    for (norm, ladder, variant), runs in lines(rows).items():
+        if variant:
+            continue
+        offset = list(LADDERS).index(ladder) + (0.1 if norm == "none" else -0.1)
+        accuracies = [run["stages"][-1]["val_accuracy"] for run in runs]
+        dots.plot([offset] * len(runs), accuracies, "o", color=colours[norm], alpha=0.7, markersize=5)
+        if ladder in (FULL, STRAIGHT):
+            layers = [run["stages"][-1]["layers"] for run in runs]
+            per_layer = [mean(layer["rate"] for layer in same) for same in zip(*layers, strict=True)]
+            style = "-" if ladder == FULL else "--"
+            label = f"{ladder}, batch norm {'kept' if norm == 'keep' else 'none'}"
+            rates.plot(range(1, len(per_layer) + 1), per_layer, f"o{style}", color=colours[norm], label=label)
+    dots.set_xticks(range(len(LADDERS)), list(LADDERS), rotation=25, fontsize=8)
+    dots.set_ylabel("validation accuracy at T = 1, %")
+    for norm, words in (("keep", "batch norm kept"), ("none", "no batch norm")):
+        dots.plot([], [], "o", color=colours[norm], label=words)
+    dots.legend(fontsize=8)
+    rates.set_xlabel("neuron layer")
+    rates.set_ylabel("spikes per neuron at T = 1")
+    rates.legend(fontsize=8)
+    for axis in (dots, rates):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-10: a folder or hub name, or what unitstep pack made")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many minutes, to go on later")
+    parser.add_argument("--variants", metavar="LADDER", choices=list(LADDERS), help="then the variants, on this ladder")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    rows: list[dict[str, Any]] = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
+    done = {(row["ladder"], row["norm"], row["variant"], row["seed"]) for row in rows}
+    for control in controls(options.variants):
+        if (control.ladder, control.norm, control.variant, control.seed) in done:
+            continue
+        row = run(control, options.data, options.out, deadline, device=options.device)
+        if row is None:
+            print("time is up; the same command goes on")
+            break
+        rows.append(row)
+        write_json(RECORD, {"schema": 1, "rows": rows})
+        print(f"{control.folder}: {row['stages'][-1]['val_accuracy']:.2f} %", flush=True)
+    if rows:
+        (HERE.parent / "docs" / "controls-table.md").write_text(table(rows))
+        draw(rows, HERE.parent / "docs" / "controls.png")
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

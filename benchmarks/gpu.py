@@ -1,0 +1,73 @@
+"""The standing list of runs that want a GPU, worked off in slices.
+
+    python benchmarks/gpu.py --data PACKED --work WORK --out OUT --minutes 8.5
+
+Goes through RUNS in order: trains, measures once on the test images, and leaves in OUT, for each finished run, its
+record NAME.json and its last network, with 8-bit weights, in parts of at most 16 MB. WORK keeps what is unfinished: the
+same command goes on there. Needs torch, safetensors, numpy and pillow, this source tree, and a data set that `unitstep
+pack` made. Which runs are still open, and why they are wanted: gpu.md.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # nothing is installed where this runs
+
+from unitstep.compact import save_compact
+from unitstep.files import write_json
+from unitstep.ladder import train
+from unitstep.measurement import measure_run
+from unitstep.recipes import Recipe, recipe
+
+
+def shortened(name: str, factor: float) -> Recipe:
+    """A shipped recipe with every stage's epochs divided by `factor`."""
+    r = recipe(name)
+    return replace(r, stages=tuple(replace(stage, epochs=stage.epochs / factor) for stage in r.stages))
+
+
+RUNS: dict[str, Recipe] = {
+    "cifar10-vgg16-0": recipe("cifar10-vgg16"),
+    "cifar10-quick-0": recipe("cifar10-quick"),
+    "cifar10-resnet20-0": recipe("cifar10-resnet20"),
+    "cifar10-vgg6-0": recipe("cifar10-vgg6"),
+    "cifar10-vgg16-1": recipe("cifar10-vgg16", seed=1),
+    "cifar10-vgg16-2": recipe("cifar10-vgg16", seed=2),
+    "cifar10-vgg16-paper-over-20": shortened("cifar10-vgg16-paper", 20),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-10 as unitstep pack wrote it")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is to be kept")
+    parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many minutes, to go on later")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("names", nargs="*", help="runs; all if none is given")
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.names or RUNS:
+        path = options.work / name
+        if (path / "measure.json").exists():
+            continue
+        left = (deadline - time.monotonic()) / 60
+        if left <= 0:
+            break
+        run = train(RUNS[name], path, data=options.data, device=options.device, time_limit=left)
+        done = len(run.stages)
+        print(f"{name}: {done} of {len(run.recipe.stages)} stages", *(s.val_accuracy for s in run.stages), flush=True)
+        if done < len(run.recipe.stages):
+            break
+        found = measure_run(run, device=options.device)
+        write_json(options.out / f"{name}.json", found)
+        save_compact(run, options.out / f"{name}.safetensors")
+        print(f"{name}: test {[round(row['test_accuracy'], 2) for row in found['stages']]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
