@@ -17,10 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # nothing is installed where this runs
 
 from unitstep.compact import save_compact
-from unitstep.files import write_json
+from unitstep.files import write_json, write_whole
 from unitstep.ladder import train
 from unitstep.measurement import measure_run
 from unitstep.recipes import Recipe, recipe
+
+PART_BYTES = 16_000_000
 
 
 def shortened(name: str, factor: float) -> Recipe:
@@ -65,7 +67,10 @@ def main() -> None:
             break
         found = measure_run(run, device=options.device)
         write_json(options.out / f"{name}.json", found)
-        save_compact(run, options.out / f"{name}.safetensors")
+        save_compact(run, path / "compact.safetensors")
+        data = (path / "compact.safetensors").read_bytes()
+        for number, start in enumerate(range(0, len(data), PART_BYTES)):  # cat puts them together again
+            write_whole(options.out / f"{name}.safetensors.{number}", data[start : start + PART_BYTES])
         print(f"{name}: test {[round(row['test_accuracy'], 2) for row in found['stages']]}", flush=True)
 
 

@@ -30,7 +30,7 @@ from unitstep.data import Split, load_train, mix
 from unitstep.files import write_json
 from unitstep.neuron import clamp_, compiled, compiler_available
 from unitstep.recipes import Recipe, Stage
-from unitstep.runs import SCHEMA, Run, build_cnn, locked, open_run
+from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, locked, open_run
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
@@ -289,7 +289,7 @@ class _Fit:
         if self.index > 1:
             return above
         recipe = self.run.recipe
-        snn = self.run.spiking(above)
+        snn = build_snn(recipe, above)
         if fresh:
             images = calibration_images(recipe, self.train)
             calibrate_(

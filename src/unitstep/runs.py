@@ -133,14 +133,6 @@ class Run:
             )
         return info
 
-    def spiking(self, cnn: nn.Module) -> Spiking:
-        """The structure of the recipe's spiking network; its thresholds are not set."""
-        r = self.recipe
-        return spiking(
-            cnn, height=r.height, initial=r.initial, readout=r.readout, norm=r.norm, max_pool=r.max_pool,
-            approximate=r.approximate, leaf_modules=r.leaf_modules,
-        )  # fmt: skip
-
     def net(self, index: int) -> nn.Module:
         """The trained network of stage `index`, in evaluation mode: the CNN for the first, else a `Spiking`."""
         path = self.stage_path(index)
@@ -150,14 +142,7 @@ class Run:
                 "with it"
             )
         tensors, info = self.load(path, index)
-        net = build_cnn(self.recipe, len(info["classes"]))
-        if index:
-            net = self.spiking(net)
-            for name, lif in net.lifs.items():
-                if (V := tensors[f"neurons.{name}.threshold"]).dim():  # one per channel
-                    lif.threshold = nn.Parameter(V)
-        net.load_state_dict(tensors)
-        return net.eval()
+        return rebuild(self.recipe, len(info["classes"]), tensors, spikes=index > 0)
 
 
 def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
@@ -173,6 +158,27 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
             r.net, classes=classes, channels=r.channels, size=r.size, batch_norm=r.norm != "none", pool=r.pool,
             dropout=r.dropout, zero_point=r.pixel_zero, scale=r.pixel_scale,
         )  # fmt: skip
+
+
+def build_snn(recipe: Recipe, cnn: nn.Module) -> Spiking:
+    """The structure of the recipe's spiking network; its thresholds are not set."""
+    r = recipe
+    return spiking(
+        cnn, height=r.height, initial=r.initial, readout=r.readout, norm=r.norm, max_pool=r.max_pool,
+        approximate=r.approximate, leaf_modules=r.leaf_modules,
+    )  # fmt: skip
+
+
+def rebuild(recipe: Recipe, classes: int, tensors: dict[str, Tensor], *, spikes: bool) -> nn.Module:
+    """The network whose state dict `tensors` is, in evaluation mode: the recipe's CNN, or its `Spiking`."""
+    net = build_cnn(recipe, classes)
+    if spikes:
+        net = build_snn(recipe, net)
+        for name, lif in net.lifs.items():
+            if (V := tensors[f"neurons.{name}.threshold"]).dim():  # one per channel
+                lif.threshold = nn.Parameter(V)
+    net.load_state_dict(tensors)
+    return net.eval()
 
 
 def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:

@@ -1,0 +1,64 @@
+"""A trained spiking network as one small file: 8-bit weights, everything else in fp32. Knows nothing of training.
+
+Each matrix or kernel W is stored as int8 q with one scale a per row of its first dimension, the output channel (the
+input channel if transposed): W ≈ a·q, a = max|W| / 127. Thresholds, leaks, biases and batch norms stay as they are.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from unitstep.conversion import Spiking
+from unitstep.files import write_whole
+from unitstep.recipes import recipe_from_dict
+from unitstep.runs import SCHEMA, Run, rebuild
+
+SCALE = ".scale"  # after a tensor's name: its scales
+
+
+def save_compact(run: Run, path: str | Path) -> None:
+    """Write the last finished stage of `run`, which must be a spiking one, to the file `path`. ValueError otherwise."""
+    finished = run.stages[-1] if run.stages else None
+    if finished is None or finished.stage.steps is None:
+        raise ValueError(f"{run.path} has no trained spiking stage: unitstep train goes on with it")
+    net, tensors = run.net(finished.index), dict[str, Tensor]()
+    weighted = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+    rounded = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, weighted)}
+    for name, tensor in net.state_dict().items():
+        if name not in rounded:
+            tensors[name] = tensor
+            continue
+        scale = (tensor.flatten(1).abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        tensors[name + SCALE] = scale
+        tensors[name] = (tensor / _column(scale, tensor)).round().to(torch.int8)
+    about = {"schema": SCHEMA, "recipe": run.recipe.to_dict(), "steps": finished.stage.steps}
+    about |= {"classes": list(finished.classes), "val_accuracy_before_rounding": finished.val_accuracy}
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_whole(Path(path), save(dense, metadata={"unitstep": json.dumps(about)}))
+
+
+def load_compact(path: str | Path) -> Spiking:
+    """The network that `save_compact` wrote, with its weights rounded, in evaluation mode. ValueError if the file is
+    anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["unitstep"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        recipe, classes = recipe_from_dict(about["recipe"]), len(about["classes"])
+        for name in [name for name in tensors if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors]:
+            scale, of = tensors.pop(name), name.removesuffix(SCALE)
+            tensors[of] = tensors[of].float() * _column(scale, tensors[of])
+        net = rebuild(recipe, classes, tensors, spikes=True)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or is not a compact network of unitstep ({error})") from error
+    assert isinstance(net, Spiking)
+    return net
+
+
+def _column(scale: Tensor, like: Tensor) -> Tensor:
+    """[O] → [O, 1, …] with as many dimensions as `like`."""
+    return scale.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,65 @@
+"""The small file, and the script that makes one on a GPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from tests.small import small
+from unitstep import load
+from unitstep.compact import load_compact, save_compact
+from unitstep.data import load_test, pack
+from unitstep.files import read_json
+
+
+def test_weights_are_rounded_to_a_127th_of_the_largest_of_their_row(unbroken, tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_compact(unbroken, path)
+    assert path.stat().st_size < 0.5 * unbroken.stages[-1].path.stat().st_size
+    ours, theirs = load_compact(path), load(unbroken, steps=1)
+    assert not ours.training
+    for name, tensor in theirs.state_dict().items():
+        found = ours.state_dict()[name]
+        if name.endswith("weight") and tensor.dim() > 1:
+            step = tensor.abs().flatten(1).amax(1).view(-1, *[1] * (tensor.dim() - 1)) / 127
+            assert ((found - tensor).abs() <= step * 0.5001).all()
+            assert not torch.equal(found, tensor)
+        else:
+            assert torch.equal(found, tensor)
+    images = load_test("fashion-mini", size=28, channels=1).images[:200]
+    with torch.no_grad():
+        same = ours(images, steps=1).argmax(1) == theirs(images, steps=1).argmax(1)
+    assert same.float().mean() > 0.7  # a network after a few optimiser steps: chance is 0.1
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x10" * 50])
+def test_not_a_compact_network(tmp_path, content):
+    path = tmp_path / "net.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged or is not a compact network of unitstep"):
+        load_compact(path)
+
+
+def test_a_stage_of_a_run_is_not_a_compact_network(unbroken):
+    with pytest.raises(ValueError, match="is not a compact network"):
+        load_compact(unbroken.stages[-1].path)
+
+
+def test_the_list_of_gpu_runs(tmp_path: Path, monkeypatch, capsys):
+    """As on a GPU, with a small run and a processor: stopped at the time limit, gone on, kept."""
+    pack("fashion-mini", tmp_path / "data", size=28, channels=1)
+    monkeypatch.setattr(gpu, "RUNS", {"small": small(1)})
+    monkeypatch.setattr(gpu, "PART_BYTES", 10_000)
+    arguments = ["gpu.py", "--data", tmp_path / "data", "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    for minutes in ("0.0001", "10"):
+        monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--device", "cpu", "--minutes", minutes])
+        gpu.main()
+    assert capsys.readouterr().out.startswith("small: 0 of 2 stages\nsmall: 2 of 2 stages")
+    assert read_json(tmp_path / "out" / "small.json")["stages"][-1]["steps"] == 1
+    parts = sorted((tmp_path / "out").glob("small.safetensors.*"), key=lambda path: int(path.suffix[1:]))
+    assert len(parts) > 1
+    (tmp_path / "whole").write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert load_compact(tmp_path / "whole").lifs
