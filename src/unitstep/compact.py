@@ -48,6 +48,8 @@ def load_compact(path: str | Path) -> Spiking:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["unitstep"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "steps" not in about:
+            raise ValueError("it holds a stage of a run: unitstep.load(run) reads that")
         recipe, classes = recipe_from_dict(about["recipe"]), len(about["classes"])
         for name in [name for name in tensors if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors]:
             scale, of = tensors.pop(name), name.removesuffix(SCALE)
