@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.conversion import table as conversion_table
 from benchmarks.record import RECORDS, table
+from benchmarks.results import PAGE, page, records
 from unitstep.recipes import RUN_TO_THE_END
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -26,8 +27,9 @@ def test_snippet(snippet, tmp_path, monkeypatch):
 
 
 def test_tables_are_those_of_the_records():
-    records = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
-    conversion = records.pop("conversion")
+    conversion = json.loads((RECORDS / "conversion.json").read_text())
     assert conversion_table(conversion) == CONVERSION.with_name("conversion-table.md").read_text()
-    assert records.keys() == RUN_TO_THE_END
-    assert [name for name, found in records.items() if table(found) not in README.read_text()] == []
+    ladders = records()
+    assert ladders.keys() == RUN_TO_THE_END
+    assert [name for name, found in ladders.items() if table(found) not in README.read_text()] == []
+    assert page(ladders) == PAGE.read_text()

@@ -1,0 +1,102 @@
+"""Write docs/results.md from the records: the paper's table beside ours, and all of ours with what they cost.
+
+python -m benchmarks.results
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RECORDS
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+COLUMNS = (None, 5, 4, 3, 2, 1)
+
+# arXiv 2110.05929: (data, network): test accuracy in percent of the CNN and T = 5 … 1; is the last in the abstract?
+PAPER: dict[tuple[str, str], tuple[tuple[float, ...], bool]] = {
+    ("cifar10", "vgg6"): ((91.59, 90.61, 90.52, 90.40, 90.05, 89.10), False),
+    ("cifar10", "vgg16"): ((94.10, 93.90, 93.87, 93.85, 93.72, 93.05), True),
+    ("cifar10", "resnet20"): ((93.34, 92.62, 92.58, 92.56, 92.11, 91.10), False),
+    ("cifar100", "vgg16"): ((72.46, 71.58, 71.51, 71.46, 71.43, 70.15), True),
+    ("cifar100", "resnet20"): ((65.90, 65.57, 65.37, 65.16, 64.86, 63.30), False),
+    ("imagenet-1k", "vgg16-imagenet"): ((70.08, 69.05, 69.03, 69.01, 69.00, 67.71), True),
+}
+NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet-1k": "ImageNet", "vgg6": "VGG6", "vgg16": "VGG16",
+         "vgg16-imagenet": "VGG16", "resnet20": "ResNet20"}  # fmt: skip
+
+HEAD = """# Results
+
+Made by `python -m benchmarks.results` from the [records](../benchmarks/records). Test accuracy in percent. Our
+networks are chosen on validation images, and the test images are read once; the authors chose the best epoch on the
+test images.
+
+## The paper's table
+
+Paper: arXiv 2110.05929. **Bold** figures are in its abstract; the others are from memory and have not been checked.
+
+| data | network | from | CNN | T = 5 | T = 4 | T = 3 | T = 2 | T = 1 |
+|---|---|---|---|---|---|---|---|---|
+"""
+OURS = """
+## All of ours
+
+Mean over n seeds, ± the standard deviation; for n = 1 the 95 % interval (Wilson) over test images. Epochs: of the CNN,
+then of each stage down to T = 1. Minutes are of the training of all stages, validation included.
+
+| recipe | n | network | CNN | T = 1 | spikes per neuron | epochs | minutes | trained on | commit |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def page(records: dict[str, dict[str, Any]]) -> str:
+    """The whole page. records: by name, as record.py writes them."""
+    return HEAD + _paper(records) + OURS + "".join(_line(name, found) for name, found in records.items())
+
+
+def _paper(records: dict[str, dict[str, Any]]) -> str:
+    firsts = ((found["runs"][0], found) for found in records.values())
+    ours = {(run["data"]["source"], run["recipe"]["net"]): found for run, found in firsts}
+    text = ""
+    for (data, net), (accuracies, in_abstract) in PAPER.items():
+        cells = [f"{accuracy:.2f}" for accuracy in accuracies]
+        if in_abstract:
+            cells[-1] = f"**{cells[-1]}**"
+        text += f"| {NAMES[data]} | {NAMES[net]} | paper | {' | '.join(cells)} |\n"
+        found = ours.get((data, net))
+        stages = {stage["steps"]: stage for stage in found["stages"]} if found else {}
+        cells = [_spread(stages[steps]["test_accuracy"], 2) if steps in stages else "not run" for steps in COLUMNS]
+        who = f"unitstep, n = {found['n']}" if found else "unitstep"
+        text += f"| | | {who} | {' | '.join(cells)} |\n"
+    return text
+
+
+def _spread(value: dict[str, Any], digits: int) -> str:
+    spread = "" if value["deviation"] is None else f" ± {value['deviation']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{spread}"
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    run, stages = found["runs"][0], found["stages"]
+    last = stages[-1]
+    at_one = _spread(last["test_accuracy"], 2)
+    if found["n"] == 1:
+        low, high = run["stages"][-1]["test_interval"]
+        at_one += f" ({low:.2f}–{high:.2f})"
+    epochs = ", ".join(f"{stage['epochs']:g}" for stage in run["recipe"]["stages"])
+    minutes = sum(stage["seconds"]["mean"] for stage in stages) / 60
+    machine, versions = run["trained"]["machine"], run["trained"]["versions"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    where = f"{where}, {run['trained']['precision']}, torch {versions['torch']}"
+    cells = [name, str(found["n"]), run["recipe"]["net"], _spread(stages[0]["test_accuracy"], 2), at_one]
+    cells += [_spread(last["spikes_per_neuron"], 3), epochs, f"{minutes:.0f}", where, run["trained"]["commit"] or ""]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """Those of trained ladders, by name."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))}
+    return {name: record for name, record in found.items() if "runs" in record}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(records()))
