@@ -230,7 +230,7 @@ _IMAGENET_PIXELS = _pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, warmup=0.1), between=1)
 _QUICK = _ladder(
     Stage(None, 8, 0.1, "nesterov", 5e-4, warmup=0.2, label_smoothing=0.1),
-    Stage(1, 20, 2e-3, "adamw", 1.0, warmup=0.1, label_smoothing=0.1),
+    Stage(1, 24, 2e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1),
     between=0.05,
 )
 _FULL = _ladder(
