@@ -1,6 +1,6 @@
 """The controls: what the ladder gives, against what else the same training could have bought.
 
-    python benchmarks/controls.py --data IMAGES --out RUNS     goes on with benchmarks/records/controls.json
+    python -m benchmarks.controls --data IMAGES --out RUNS     goes on with benchmarks/records/controls.json
 
 IMAGES is CIFAR-10. Every run trains the same small network, starts from the same CNN of its seed, and costs the same:
 COST passes over the images, a pass at T timesteps counting T times. Half of it goes to the rungs above T = 1, the same
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
+from benchmarks.record import spread
 from unitstep.data import load_train
 from unitstep.files import write_json
 from unitstep.ladder import train
@@ -69,8 +70,8 @@ class Control:
 
     def recipe(self, data: str) -> Recipe:
         kept = self.norm == "keep"
-        # without batch norm the large steps of a CNN with it diverge
         epochs = CNN_EPOCHS if self.ladder != SCRATCH else 1e-9  # … of which one optimiser step is made
+        # without batch norm the large steps of a CNN with it diverge
         cnn = Stage(None, epochs, 0.1 if kept else 0.02, "nesterov", 5e-4, warmup=0.2, label_smoothing=0.1)
         spiking = Stage(1, COST, 2e-3 if kept else 1e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1)
         upper = LADDERS[self.ladder]
@@ -134,8 +135,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Validation accuracy in percent: one line per ladder or variant; mean, and ± the standard deviation over seeds."""
 
     def cell(values: list[float], digits: int) -> str:
-        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{mean(values):.{digits}f}{spread}"
+        return spread(mean(values), stdev(values) if len(values) > 1 else None, digits)
 
     text = [
         "| batch norm | ladder | changed | CNN | before T = 1 | T = 1 | spikes per neuron | dead | n |",

@@ -47,14 +47,18 @@ def record(runs: list[Run]) -> dict[str, Any]:
     return {"schema": 1, "n": len(runs), "seeds": [run.recipe.seed for run in runs], "stages": stages, "runs": measured}
 
 
+def spread(mean: float, deviation: float | None, digits: int) -> str:
+    """ "86.40 ± 0.25", or "86.40" where there is no deviation."""
+    return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
 def table(found: dict[str, Any]) -> str:
     """A record as a Markdown table: mean, and ± the standard deviation over seeds where there are several."""
 
     def cell(row: dict[str, Any], key: str, digits: int) -> str:
         if key not in row:
             return ""
-        value = f"{row[key]['mean']:.{digits}f}"
-        return value if row[key]["deviation"] is None else f"{value} ± {row[key]['deviation']:.{digits}f}"
+        return spread(row[key]["mean"], row[key]["deviation"], digits)
 
     lines = ["| stage | validation % | test % | spikes per neuron | training, s |", "|---|---|---|---|---|"]
     for row in found["stages"]:

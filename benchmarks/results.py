@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RECORDS
+from benchmarks.record import RECORDS, spread
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 COLUMNS = (None, 5, 4, 3, 2, 1)
@@ -71,8 +71,7 @@ def _paper(records: dict[str, dict[str, Any]]) -> str:
 
 
 def _spread(value: dict[str, Any], digits: int) -> str:
-    spread = "" if value["deviation"] is None else f" ± {value['deviation']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{spread}"
+    return spread(value["mean"], value["deviation"], digits)
 
 
 def _line(name: str, found: dict[str, Any]) -> str:

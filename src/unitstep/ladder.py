@@ -30,7 +30,7 @@ from unitstep.data import Split, load_train, mix
 from unitstep.files import write_json
 from unitstep.neuron import clamp_, compiled, compiler_available
 from unitstep.recipes import Recipe, Stage
-from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, locked, open_run
+from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, locked, open_run, rebuild
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
@@ -148,7 +148,7 @@ def _take_cnn(run: Run, source: Run, classes: tuple[str, ...]) -> None:
         raise ValueError(f"{source.path} has no trained CNN to start from: unitstep train goes on with it")
     tensors, info = source.load(source.stage_path(0), 0)
     try:
-        build_cnn(run.recipe, len(classes)).load_state_dict(tensors)
+        rebuild(run.recipe, len(classes), tensors, spikes=False)
     except RuntimeError as error:
         raise ValueError(f"the CNN of {source.path} is not this recipe's network: {error}") from error
     if tuple(info["classes"]) != classes:
