@@ -1,11 +1,11 @@
 """Accuracy by conversion alone, without any training, against the number of timesteps: each threshold strategy, and a
 rate code.
 
-    python benchmarks/conversion.py RUN --data IMAGES      goes on with benchmarks/records/conversion.json
+    python benchmarks/conversion.py --data IMAGES --out RUN     goes on with benchmarks/records/conversion.json
 
-RUN is a run folder whose CNN is trained. Everything is measured on validation images: strategies are chosen here.
-The record is written after every figure; the same command goes on. Then it writes the table and the picture
-(docs/conversion-table.md, docs/conversion.png).
+IMAGES is CIFAR-10. First the CNN is trained in the run folder RUN. Everything is measured on validation images:
+strategies are chosen here. The record is written after every figure; the same command goes on. Then it writes the
+table and the picture (docs/conversion-table.md, docs/conversion.png).
 """
 
 import argparse
@@ -13,6 +13,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ from unitstep.calibration import calibrate_, unroll
 from unitstep.conversion import spiking
 from unitstep.data import Split, load_train
 from unitstep.files import write_json
-from unitstep.ladder import calibration_images
+from unitstep.ladder import calibration_images, train
 from unitstep.measurement import wilson
 from unitstep.neuron import compiled
+from unitstep.recipes import recipe
 from unitstep.runs import Run, provenance
 
 HERE = Path(__file__).parent
 RECORD = HERE / "records" / "conversion.json"
+QUICK = recipe("cifar10-quick")
+CNN = replace(QUICK, net="vgg-small", stages=QUICK.stages[:1])  # small, so that thousands of timesteps can be run
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATE_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 250, 500, 1000, 1500, 2000, 2500)
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -81,22 +85,22 @@ def rate_code(x: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
         yield ((draw < x) * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
-def measure(run: Run, data: str | None, images: int, rate_images: int, bf16: bool) -> dict[str, Any]:
+def measure(run: Run, images: int, rate_images: int, bf16: bool) -> dict[str, Any]:
     r = run.recipe
-    train, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment)
+    split, val = load_train(r.data, size=r.size, channels=r.channels, augment=r.augment)
     images, rate_images = min(images, len(val)), min(rate_images, len(val))
     cnn: Any = run.net(0)
     cnn = cnn.to(memory_format=torch.channels_last)
     found: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    recipe = {**r.to_dict(), "data": Path(r.data).name}
-    if found.get("recipe", recipe) != recipe or found.get("images", images) != images:
+    about = {**r.to_dict(), "data": Path(r.data).name}
+    if found.get("recipe", about) != about or found.get("images", images) != images:
         raise ValueError(f"{RECORD} is of another run or number of images: move it away")
     with torch.no_grad():
         cnn_right = sum(int((cnn(x).argmax(1) == y).sum()) for x, y in batches(val, images))
-    found |= {"schema": 1, "recipe": recipe, "images": images, "cnn_accuracy": 100 * cnn_right / images, **provenance()}
+    found |= {"schema": 1, "recipe": about, "images": images, "cnn_accuracy": 100 * cnn_right / images, **provenance()}
     rows: list[dict[str, Any]] = found.setdefault("rows", [])
     done = {(row["strategy"], row["initial"], row["steps"]) for row in rows}
-    calibration = calibration_images(r, train).contiguous(memory_format=torch.channels_last)
+    calibration = calibration_images(r, split).contiguous(memory_format=torch.channels_last)
 
     def add(strategy: str, initial: float, n: int, right: dict[int, int], seconds: float) -> None:
         for steps, hits in right.items():
@@ -179,13 +183,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--data", help="where the images are, if no longer where the run's recipe says")
+    parser.add_argument("--data", required=True, help="CIFAR-10: a folder or hub name, or what unitstep pack made")
+    parser.add_argument("--out", type=Path, required=True, help="run folder of the CNN")
+    parser.add_argument("--precision", default="auto", help="in which the CNN is trained: auto, fp32, bf16")
     parser.add_argument("--images", type=int, default=1000, help="validation images per figure (default 1000)")
     parser.add_argument("--rate-images", type=int, default=1000, help="the same for the rate code; 0 leaves it out")
     parser.add_argument("--rate-bf16", action="store_true", help="weights and currents of the rate code in bf16")
     options = parser.parse_args()
-    found = measure(Run(options.run), options.data, options.images, options.rate_images, options.rate_bf16)
+    cnn = train(replace(CNN, data=options.data), options.out, precision=options.precision)
+    found = measure(cnn, options.images, options.rate_images, options.rate_bf16)
     (HERE.parent / "docs" / "conversion-table.md").write_text(table(found))
     draw(found, HERE.parent / "docs" / "conversion.png")
     print(table(found))

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,17 @@ def data_folder() -> Path:
     if not all((folder / name).is_dir() for name in ("cifar10", "fashion_mnist")):
         pytest.skip(f"no cifar10/ and fashion_mnist/ in {folder}: set UNITSTEP_DATA to the folder that holds them")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trial_of_bf16() -> Iterator[Callable[[], float | None]]:
+    """`precision="auto"` means fp32 in tests, whatever a trial would find on this machine. Gives the trial."""
+    from unitstep import ladder
+
+    trial = ladder._bf16_speed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder, "_bf16_speed", lambda: 0.0)
+        yield trial
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ ladder.CHECKPOINT_SECONDS = 0.0
 def kill(p):
     if (p.index, p.step) == ({index}, {step}):
         os.kill(os.getpid(), signal.SIGKILL)
-ladder.train(small(2, 1), {str(tmp_path)!r}, progress=kill)
+ladder.train(small(2, 1), {str(tmp_path)!r}, precision="fp32", progress=kill)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -180,10 +180,25 @@ def test_unreadable_images_are_named(tmp_path):
 
 
 def test_a_run_goes_on_in_the_precision_it_was_begun_in(unbroken):
-    if not ladder._bf16_works():
-        pytest.skip("bf16 matrix products crash on this processor")
     with pytest.raises(ValueError, match="was begun in fp32"):
         train(small(2, 1), unbroken.path, precision="bf16")
+
+
+@pytest.mark.parametrize(("faster", "auto"), [(None, False), (1.0, False), (2.0, True)])
+def test_bf16_is_taken_where_it_is_faster_and_refused_where_it_crashes(monkeypatch, faster, auto):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(ladder, "_bf16_speed", lambda: faster)
+    assert ladder._precision("auto", torch.device("cpu")) == auto
+    if faster is None:
+        with pytest.raises(ValueError, match="crash on this processor"):
+            ladder._precision("bf16", torch.device("cpu"))
+    else:
+        assert ladder._precision("bf16", torch.device("cpu"))
+
+
+def test_the_trial_of_bf16_gives_a_factor_or_nothing(trial_of_bf16):
+    found = trial_of_bf16()
+    assert found is None or found > 0
 
 
 def test_cuda_asked_for_and_absent(tmp_path, monkeypatch):

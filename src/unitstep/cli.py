@@ -140,7 +140,7 @@ def _train(arguments: list[str]) -> int:
             recipe: The experiment.
             cnn: A run whose trained CNN is taken over; None: it is trained.
             device: Where to train; auto takes a GPU if there is one.
-            precision: bf16 is mixed precision; auto uses it where the hardware has matrix units for it.
+            precision: bf16 is mixed precision; auto uses it where the hardware is faster in it.
             compile: Fuse the neurons by torch.compile; auto does so where a compiler is there and the stage is long
                 enough to gain.
             time_limit: Minutes after which training stops; the same command goes on.
@@ -211,8 +211,8 @@ def _convert(arguments: list[str]) -> int:
             recipe: The experiment; its CNN is not trained.
             weights: Safetensors file with the CNN's state dict; None: FUNCTION gives it its weights.
             device: Where to compute; auto takes a GPU if there is one.
-            precision: Of the training to come: bf16 is mixed precision; auto uses it where the hardware has matrix
-                units for it.
+            precision: Of the training to come: bf16 is mixed precision; auto uses it where the hardware is
+                faster in it.
             bad_images: What to do with images that cannot be read.
             threads: CPU threads to use; None: all cores.
         """

@@ -34,6 +34,7 @@ from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, locked, open_run, r
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
+BF16_FROM = 1.3  # times as fast as fp32 from which bf16 is taken
 
 
 @dataclass(frozen=True)
@@ -523,24 +524,46 @@ def choose_device(name: str) -> torch.device:
 
 
 def _precision(name: str, device: torch.device) -> bool:
-    """Whether to train in bf16. auto: where it is faster, on GPUs and on processors with matrix units for it (AMX)."""
+    """Whether to train in bf16. auto: on GPUs that have it, and on processors where a trial is faster in it."""
     if name not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision must be auto, fp32 or bf16, not {name!r}")
-    if name == "fp32" or (name == "auto" and device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16")):
+    able = torch.cpu.get_capabilities()
+    if name == "fp32" or (
+        name == "auto" and device.type == "cpu" and not (able.get("amx_bf16") or able.get("avx512_bf16"))
+    ):
         return False
     if device.type == "cuda":
         return name == "bf16" or torch.cuda.is_bf16_supported()
-    works = _bf16_works()
-    if name == "bf16" and not works:
+    faster = _bf16_speed()
+    if name == "bf16" and faster is None:
         raise ValueError(
             "bf16 matrix products crash on this processor, as they do where a virtual machine announces AMX but hides "
             "its tile sizes (CPUID leaf 0x1D): "
             "use --precision fp32, or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
         )
-    return works
+    return name == "bf16" or (faster is not None and faster > BF16_FROM)
 
 
-def _bf16_works() -> bool:
-    """Tried in another process, since an illegal instruction would end this one."""
-    product = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); a @ a"
-    return subprocess.run([sys.executable, "-c", product], capture_output=True).returncode == 0
+_TRIAL = """
+import time
+import torch
+from torch.nn.functional import conv2d
+
+def seconds(dtype):
+    x = torch.ones(32, 64, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w = torch.ones(64, 64, 3, 3, dtype=dtype, requires_grad=True)
+    started = time.perf_counter()
+    conv2d(x, w, padding=1).sum().backward()
+    return time.perf_counter() - started
+
+torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+pairs = [(seconds(torch.float32), seconds(torch.bfloat16)) for _ in range(5)]
+print(min(fp32 for fp32, _ in pairs) / min(bf16 for _, bf16 in pairs))
+"""
+
+
+def _bf16_speed() -> float | None:
+    """How many times faster than in fp32 a convolution, forward and backward, is in bf16; None if bf16 crashes. Tried
+    in another process, since an illegal instruction would end this one."""
+    tried = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, text=True)
+    return float(tried.stdout) if tried.returncode == 0 else None
