@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.small import small
 from tests.test_data import write_images
 from unitstep import Run, Stage, ladder, load, measure_run, recipe, runs, train
-from unitstep.ladder import Progress, learning_rate
+from unitstep.ladder import Progress, learning_rate, loss_of
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -223,6 +223,32 @@ def test_accumulated_parts_give_the_gradient_of_the_batch(tmp_path):
     a, b = weights(train(whole, tmp_path / "a")), weights(train(cut, tmp_path / "b"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
+
+
+def test_distillation_is_the_equation_and_learns_from_the_cnn(tmp_path):
+    logits, wanted = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels, d = torch.tensor([0, 1, 2, 0, 1]), 0.7
+    p, q = (wanted / 2).softmax(1), (logits / 2).softmax(1)
+    plain = -logits.log_softmax(1)[range(5), labels].mean()
+    stage = Stage(1, 1, 1.0, distillation=d)
+    expected = (1 - d) * plain + d * 4 * (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(loss_of(logits, labels, stage, wanted), expected)
+    torch.testing.assert_close(loss_of(logits, labels, stage, None), plain)
+
+    recipe = small(1)
+    taught = replace(
+        recipe, stages=(recipe.stages[0], replace(recipe.stages[1], distillation=1.0, label_smoothing=0.5))
+    )
+    run = train(taught, tmp_path / "taught")
+    other = replace(taught, stages=(recipe.stages[0], replace(taught.stages[1], label_smoothing=0.0)))
+    assert_same(train(other, tmp_path / "other", cnn=run), run)  # labels have no say
+
+
+def test_a_cnn_has_no_teacher():
+    with pytest.raises(ValueError, match="of a spiking stage's loss and not the CNN's"):
+        Stage(None, 1, 0.1, distillation=0.5)
+    with pytest.raises(ValueError, match="distillation is a share from 0 to 1"):
+        Stage(1, 1, 0.1, distillation=1.5)
 
 
 def test_thresholds_and_leaks_stay_in_range(unbroken):

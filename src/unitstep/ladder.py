@@ -34,6 +34,7 @@ from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, locked, open_run, r
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
+TEMPERATURE = 2.0  # of distillation
 BF16_FROM = 1.3  # times as fast as fp32 from which bf16 is taken
 
 
@@ -273,6 +274,7 @@ class _Fit:
         state = self._saved_state()
         net = self._start(fresh=state is None)
         self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.teacher = self._teacher() if self.stage.distillation else None
         self.optimizer = _optimizer(self.net, self.stage)
         if state is not None:
             self._restore(*state)
@@ -304,6 +306,10 @@ class _Fit:
                 refresh_norms=True,
             )
         return snn
+
+    def _teacher(self) -> nn.Module:
+        cnn = self.run.net(0).requires_grad_(False)
+        return cnn.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def climb(self, stop: Callable[[], bool]) -> bool:
         """Train until the stage is finished and its file is written, or until `stop()`: then the state is saved and
@@ -348,11 +354,12 @@ class _Fit:
         total = torch.zeros((), device=self.device)
         parts = min(self.stage.accumulate, len(images))
         for part, target in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            part, wanted = part.to(self.device), None
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                logits = forward(self.net, part.to(self.device), self.stage.steps)
-            target = target.to(self.device)
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=self.stage.label_smoothing)
-            loss = loss * (len(part) / len(images))
+                if self.teacher is not None:
+                    wanted = forward(self.teacher, part, None).float()
+                logits = forward(self.net, part, self.stage.steps)
+            loss = loss_of(logits.float(), target.to(self.device), self.stage, wanted) * (len(part) / len(images))
             loss.backward()
             total += loss.detach()
         self.losses.append(total)
@@ -441,6 +448,21 @@ class _Fit:
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def loss_of(logits: Tensor, labels: Tensor, stage: Stage, wanted: Tensor | None) -> Tensor:
+    """Mean loss of logits [B, K] at labels [B]; wanted: the CNN's logits, where the stage has distillation d::
+
+        (1 − d)·cross-entropy(labels, with smoothing) + d·τ²·KL(softmax(wanted/τ) ‖ softmax(logits/τ)),  τ = 2
+
+    Source: Hinton et al., arXiv 1503.02531.
+    """
+    loss = F.cross_entropy(logits, labels, label_smoothing=stage.label_smoothing)
+    if wanted is None:
+        return loss
+    ours, theirs = (F.log_softmax(x / TEMPERATURE, 1) for x in (logits, wanted))
+    apart = TEMPERATURE**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return (1 - stage.distillation) * loss + stage.distillation * apart
 
 
 def forward(net: nn.Module, images: Tensor, steps: int | None) -> Tensor:

@@ -44,6 +44,8 @@ class Stage:
     """What lr is divided by at a milestone."""
     label_smoothing: float = 0.0
     """Share of the target, 0 to 1, that is spread over all classes."""
+    distillation: float = 0.0
+    """Share of the loss, 0 to 1, that asks a spiking stage for the outputs of the ladder's CNN in place of labels."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -59,6 +61,11 @@ class Stage:
         for share in (self.warmup, self.label_smoothing, *self.milestones):
             if not 0 <= share < 1:
                 raise ValueError(f"warmup, label_smoothing and milestones are shares from 0 to 1, not {share}")
+        if not 0 <= self.distillation <= (0 if self.steps is None else 1):
+            raise ValueError(
+                f"distillation is a share from 0 to 1, of a spiking stage's loss and not the CNN's; it is "
+                f"{self.distillation} in stage {self.name}"
+            )
         if self.optimizer not in get_args(Optimizer):
             raise ValueError(f"no optimizer named {self.optimizer!r}; there are: {', '.join(get_args(Optimizer))}")
 
