@@ -27,13 +27,14 @@ from unitstep.files import write_json
 from unitstep.ladder import calibration_images, train
 from unitstep.measurement import wilson
 from unitstep.neuron import compiled
-from unitstep.recipes import recipe
+from unitstep.recipes import Recipe, Stage, recipe_from_dict
 from unitstep.runs import Run, provenance
 
 HERE = Path(__file__).parent
 RECORD = HERE / "records" / "conversion.json"
-QUICK = recipe("cifar10-quick")
-CNN = replace(QUICK, net="vgg-small", stages=QUICK.stages[:1])  # small, so that thousands of timesteps can be run
+CNN = Recipe(  # small, so that thousands of timesteps can be run
+    "cifar10-quick", "", "vgg-small", (Stage(None, 8, 0.1, "nesterov", 5e-4, warmup=0.2, label_smoothing=0.1),)
+)
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATE_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 250, 500, 1000, 1500, 2000, 2500)
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -92,12 +93,18 @@ def measure(run: Run, images: int, rate_images: int, bf16: bool) -> dict[str, An
     cnn: Any = run.net(0)
     cnn = cnn.to(memory_format=torch.channels_last)
     found: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    about = {**r.to_dict(), "data": Path(r.data).name}
-    if found.get("recipe", about) != about or found.get("images", images) != images:
+    about = replace(r, data=Path(r.data).name)
+    if found and (recipe_from_dict(found["recipe"]) != about or found["images"] != images):
         raise ValueError(f"{RECORD} is of another run or number of images: move it away")
     with torch.no_grad():
         cnn_right = sum(int((cnn(x).argmax(1) == y).sum()) for x, y in batches(val, images))
-    found |= {"schema": 1, "recipe": about, "images": images, "cnn_accuracy": 100 * cnn_right / images, **provenance()}
+    found |= {
+        "schema": 1,
+        "recipe": about.to_dict(),
+        "images": images,
+        "cnn_accuracy": 100 * cnn_right / images,
+        **provenance(),
+    }
     rows: list[dict[str, Any]] = found.setdefault("rows", [])
     done = {(row["strategy"], row["initial"], row["steps"]) for row in rows}
     calibration = calibration_images(r, split).contiguous(memory_format=torch.channels_last)
