@@ -164,6 +164,7 @@ def table(found: dict[str, Any]) -> str:
         }
         cells = [f"{mine[t]:.1f}" if t in mine else "" for t in columns]
         lines.append(f"| {strategy} | {initial:g} | {' | '.join(cells)} |")
+    lines += ["", f"The CNN: {found['cnn_accuracy']:.1f} % of {found['images']:,} validation images."]
     return "\n".join(lines) + "\n"
 
 
