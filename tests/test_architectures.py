@@ -4,9 +4,11 @@ and each operation that converts; and what is refused, with the line that calls 
 import copy
 import importlib
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 from tests.architectures import ARCHITECTURES, build, has_max_pool, randomise_
 from tests.simulation import simulate
 from unitstep import Spiking, record, to_spiking
+from unitstep.conversion import _is_users
 
 STEPS = (1, 2, 5)
 AWAKE: dict[str, Any] = {  # thresholds at which every layer spikes
@@ -62,6 +65,16 @@ def test_with_the_largest_current_as_threshold_more_steps_come_nearer_to_the_cnn
     assert error[64] < error[4] / 2
     assert error[256] < error[64] / 2
     assert error[256] < 0.1
+
+
+@pytest.mark.parametrize("name", ["vgg_bn-average", "resnet-basic", "mobilenet_v2", "densenet", "shufflenet"])
+def test_by_default_too_more_steps_come_nearer(name):
+    cnn, images = build(name)
+    snn = to_spiking(cnn, images, steps=64, norm="fold")
+    with torch.no_grad():
+        wanted = cnn(images)
+        error = {T: ((snn(images, steps=T) - wanted).norm() / wanted.norm()).item() for T in (1, 4, 64)}
+    assert error[64] < error[4] < error[1]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -215,6 +228,16 @@ def test_a_rectifier_with_a_cap(name):
     agrees(snn, cnn, IMAGES)
 
 
+@pytest.mark.parametrize("name", [*RECTIFIERS, *CAPPED])
+def test_a_rectifier_comes_nearer_with_more_steps(name):
+    cnn = Rectified(RECTIFIERS[name] if name in RECTIFIERS else CAPPED[name][0])
+    snn = to_spiking(cnn, IMAGES, steps=20, thresholds="max", initial=0.5)
+    with torch.no_grad():
+        wanted = cnn(IMAGES.clone())
+        error = {T: (snn(IMAGES, steps=T) - wanted).norm() / wanted.norm() for T in (4, 64, 256)}
+    assert error[256] < error[64] / 2 < error[4] / 4
+
+
 APPROXIMATED: dict[str, Callable[[Tensor], Tensor]] = {
     "LeakyReLU": nn.LeakyReLU(0.1),
     "LeakyReLU in place": nn.LeakyReLU(inplace=True),
@@ -228,6 +251,8 @@ APPROXIMATED: dict[str, Callable[[Tensor], Tensor]] = {
     "F.silu": F.silu,
     "F.gelu": F.gelu,
     "F.hardswish": F.hardswish,
+    "F.prelu": lambda x: F.prelu(x, torch.full((1,), 0.1, dtype=torch.float64)),
+    "torch.prelu": lambda x: torch.prelu(x, torch.full((1,), 0.1, dtype=torch.float64)),
 }
 
 
@@ -236,7 +261,7 @@ def test_an_approximation_on_request_only(name):
     cnn = Rectified(APPROXIMATED[name])
     with pytest.raises(ValueError, match="approximate=True") as refusal:
         to_spiking(cnn, IMAGES, **AWAKE)
-    assert name.split()[0].removeprefix("F.") in str(refusal.value)
+    assert name.split()[0].removeprefix("F.").removeprefix("torch.") in str(refusal.value)
     snn = to_spiking(cnn, IMAGES, approximate=True, **AWAKE)
     assert len(snn.lifs) == 2
     agrees(snn, cnn, IMAGES, approximations=True)
@@ -709,6 +734,21 @@ class SqueezeExcitation(nn.Module):
         return scale * x  # refused: mul
 
 
+class Halved(nn.Module):
+    """Stochastic depth as it was first written: it scales in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+Halved.__name__ = "DropPath"
+
+
+class AlwaysDropped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5)  # refused: dropout
+
+
 class Square(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * x  # refused: square
@@ -775,6 +815,7 @@ def _line(mark: str) -> int:
     [
         (SqueezeExcitation(), {"hardsigmoid": "hardsigmoid", "mul": "mul"}),
         (Square(), {"mul": "square"}),
+        (AlwaysDropped(), {"dropout": "dropout"}),
         (Attention(), {"softmax": "softmax", "matmul": "matmul"}),
         (Norms(), {"LayerNorm": "layer norm", "GroupNorm": "group norm"}),
         (Branches(), {"": "branch"}),
@@ -788,6 +829,76 @@ def test_a_refusal_names_the_operation_and_its_line(module, refused, first):
         to_spiking(Around(copy.deepcopy(module), first=first), IMAGES, **AWAKE)
     for kind, mark in refused.items():
         assert re.search(rf"{kind}\b.*test_architectures\.py:{_line(mark)}\b", str(refusal.value))
+
+
+def test_stochastic_depth_is_left_out_only_if_it_changes_nothing():
+    with pytest.raises(ValueError, match=r"DropPath .*changes values in evaluation"):
+        to_spiking(Around(Halved()), IMAGES, **AWAKE)
+
+
+def test_lines_of_libraries_are_a_users_unless_the_library_is_torch():
+    site = Path(torch.__file__).parent.parent
+    assert _is_users(str(site / "torchvision" / "models" / "resnet.py"))
+    assert _is_users("<ipython-input-1-abc>")
+    assert not _is_users(str(site / "torch" / "nn" / "functional.py"))
+
+
+class OwnShapes(nn.Module):
+    """A weight that is used twice, a current of one number per image, and channels that go among the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.gate = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Linear(192, 1)
+        self.head = nn.Linear(192, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        y = F.relu(self.norm(self.conv(x)))
+        y = F.relu(F.conv2d(y, self.conv.weight))
+        gate = F.relu(self.gate(y.flatten(1)).squeeze(1))
+        y = F.relu(y.view(b * c, 1, h, w)).view(b, c, h, w)
+        return self.head(y.flatten(1)) + gate.unsqueeze(1)
+
+
+@pytest.mark.parametrize("thresholds", ["channel-percentile", "percentile"])
+@pytest.mark.parametrize("norm", ["keep", "fold"])
+def test_own_shapes(norm, thresholds):
+    cnn = randomise_(OwnShapes()).double().eval()
+    snn = to_spiking(cnn, IMAGES, norm=norm, **{**AWAKE, "thresholds": thresholds})
+    agrees(snn, cnn, IMAGES)
+    with record(snn) as seen, torch.no_grad():
+        snn(IMAGES, steps=5)
+    for name, layer in seen.items():
+        per_image = layer.spikes.sum().item() / len(IMAGES)
+        assert snn.report[name].rate == pytest.approx(per_image / math.prod(snn.report[name].shape))
+
+
+class Mixer(nn.Module):
+    def forward(self, currents: Tensor, spikes: Tensor) -> Tensor:
+        return currents + 2 * spikes if spikes.sum() > -1 else spikes  # a branch: it cannot be traced
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mixer, self.head = *(nn.Conv2d(3, 3, 1) for _ in range(2)), Mixer(), nn.Linear(192, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.head(F.relu(self.mixer(x, self.b(F.relu(x)))).flatten(1))
+
+
+def test_a_leaf_module_runs_at_each_step_on_currents_and_spikes():
+    cnn = randomise_(Mixed()).double().eval()
+    with pytest.raises(ValueError, match=r"leaf_modules=\('mixer',\)"):
+        to_spiking(cnn, IMAGES, **AWAKE)
+    for leaf in ("mixer", Mixer):
+        agrees(to_spiking(cnn, IMAGES, leaf_modules=(leaf,), **AWAKE), cnn, IMAGES)
+
+
+def test_a_branch_in_the_network_itself_needs_a_module_of_its_own():
+    with pytest.raises(ValueError, match=r"put it into a module of its own.*leaf_modules=\(its name,\)"):
+        to_spiking(Branches(), IMAGES)
 
 
 def test_an_operation_on_several_images_is_refused_once_there_are_spikes():

@@ -1,5 +1,6 @@
 """A user's own CNN becomes a run: `unitstep convert`, then `unitstep train --from`."""
 
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -48,7 +49,25 @@ def eleven():
     return Net(11)
 
 
-gated = Gated
+class Gate(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else 0 * x
+
+
+class Branching(Net):
+    def __init__(self):
+        super().__init__()
+        self.gate = Gate()
+
+    def forward(self, x):
+        return super().forward(self.gate(x))
+
+
+def broken():
+    raise RuntimeError("no licence")
+
+
+gated, branching = Gated, Branching
 number = 3
 """
 FASHION = ["--data", "fashion-mini", "--size", "28", "--channels", "1", "--threads", "1", "--calibration-images", "64"]
@@ -97,7 +116,10 @@ def test_own_cnn_from_conversion_to_one_timestep(folder, capsys, monkeypatch):
     assert "is a run already: go on with unitstep train --from" in capsys.readouterr().err
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(folder)])
     sys.modules.pop("mynet")
-    with pytest.raises(ValueError, match=r"'mynet:build' cannot be made: No module named 'mynet'.*must be importable"):
+    with pytest.raises(
+        ValueError,
+        match=r"'mynet:build' cannot be made: ModuleNotFoundError: No module named 'mynet'.*must be importable",
+    ):
         load("runs/mine", steps=1)
 
 
@@ -126,6 +148,8 @@ def test_what_does_not_convert_is_shown_in_the_report_and_nothing_is_written(fol
         (["convert", "mynet:eleven", *FASHION], "gives [2, 11] for 2 images, but logits of the 10 classes"),
         (["convert", "mynet:nothing", *FASHION], "has no attribute 'nothing'"),
         (["convert", "mynet:number", *FASHION], "'int' object is not callable"),
+        (["convert", "mynet:broken", *FASHION], "cannot be made: RuntimeError: no licence"),
+        (["convert", "mynet:build", "--data", "fashion-mini"], "fails on images of 3×32×32"),
         (["convert", "mynet:build", "--size", "28", "--channels", "1"], "give --data"),
         (["convert", "mynet:build", *FASHION, "--weights", "mynet.py"], "is not a safetensors file"),
         (["convert", "mynet:build", *FASHION, "--weights", "wrong.safetensors"], "does not fit the network"),
@@ -137,6 +161,24 @@ def test_errors_say_what_is_wrong(folder, capsys, arguments, message):
     assert main([*arguments, "--out", "runs/x"]) == 1
     assert message in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+def test_a_leaf_module_has_the_name_it_has_in_the_users_network(folder, capsys):
+    arguments = ["convert", "mynet:branching", *FASHION, "--out", "runs/branching"]
+    assert main(arguments) == 1
+    assert "leaf_modules=('cnn.gate',)" in capsys.readouterr().err
+    assert main([*arguments, "--leaf-modules", "gate"]) == 0
+    assert "kept whole as a leaf module" in capsys.readouterr().out
+
+
+def test_a_network_that_has_changed_is_named(folder):
+    sys.path.append(str(folder))
+    assert main(["convert", "mynet:build", *FASHION, *SHORT, "--out", "runs/mine"]) == 0
+    (folder / "mynet.py").write_text(NET.replace("nn.Conv2d(1, 8, 3, 2, 1)", "nn.Conv2d(1, 8, 5, 2, 2)"))
+    sys.modules.pop("mynet")
+    importlib.invalidate_caches()
+    with pytest.raises(ValueError, match="do not fit the network mynet:build as it is now"):
+        Run("runs/mine").net(0)
 
 
 def test_usage_without_a_network(capsys):

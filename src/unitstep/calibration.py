@@ -91,7 +91,7 @@ def calibrate_(
     - "mse": the V₀ that minimises the mean of (ReLU(x) − r(x))², x = the neuron's mean current over the steps, r the
       response to it, V/T·clip(⌈(T·x + initial·V)/V⌉ − 1, 0, T), by search over 200 fractions of the largest x.
 
-    A capped rectifier's V₀ is at most its cap; a V₀ ≤ 0 becomes 0.1. Leaks become 1.
+    A capped rectifier's V is at most its cap; V₀ ≤ 0 gives V = 0.1. Leaks become 1.
     refresh_norms: batch norms that were kept take their statistics from these images, too.  Steps run `window` at a
     time, so memory does not grow with their number; beyond one window the time grows with the square of the number of
     layers. Warns with the name of a layer that emits no spike.
@@ -149,15 +149,15 @@ def calibrate_(
 
 
 def _percentile(currents: Iterator[Tensor], percentile: float, per_channel: bool) -> Tensor:
-    """Of currents [steps, B, C, …], the largest of any step; [] or [C]. (`torch.quantile` takes no more than 16
-    million elements.)"""
+    """Of currents [steps, B, C, …], the largest of any step; [C], or [] where there are no channels. (`torch.quantile`
+    takes no more than 16 million elements.)"""
     peaks = []
     for now in (step for window in currents for step in window):
-        rows = now.transpose(0, 1).flatten(1) if per_channel else now.flatten()[None]
+        rows = now.transpose(0, 1).flatten(1) if per_channel and now.dim() > 1 else now.flatten()[None]
         rank = 1 + round(percentile / 100 * (rows.shape[1] - 1))
-        peaks.append(rows.amax(1) if rank == rows.shape[1] else rows.kthvalue(rank, 1).values)
-    peak = torch.stack(peaks).amax(0)
-    return peak if per_channel else peak[0]
+        peak = rows.amax(1) if rank == rows.shape[1] else rows.kthvalue(rank, 1).values
+        peaks.append(peak if per_channel and now.dim() > 1 else peak[0])
+    return torch.stack(peaks).amax(0)
 
 
 def _least_squares(currents: Iterator[Tensor], steps: int, initial: float, cap: float | None) -> Tensor:
@@ -325,7 +325,7 @@ def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> 
     """Fill in the report: shapes, spike rates, and errors against the traced CNN, operation by operation."""
     report, lifs, training = snn.report, snn.lifs, snn.training
     faithful = all(lif.height == "threshold" for lif in lifs.values())  # else values have other units than the CNN's
-    spikes = dict.fromkeys(lifs, 0)
+    spikes, neurons = dict.fromkeys(lifs, 0), dict.fromkeys(lifs, 0)
     needed = Counter(node.meta.get("as", node.meta.get("row")) for node in snn.graph.nodes)  # how often each is needed
     squares: dict[str, tuple[float, float]] = {}  # sums over the images: of the difference, of the CNN's value
     snn.eval()
@@ -346,9 +346,11 @@ def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> 
             if not isinstance(value, Tensor) or value.dim() == 0:
                 continue
             timed = node.meta["axis"] == "time"
-            report[row].shape = tuple(value.shape[1:])
+            parts = len(value) // (len(part) * (steps if timed else 1))  # of an image, where a view put them in front
+            report[row].shape = (*([parts] if parts > 1 else []), *value.shape[1:])
             if row in lifs:
                 spikes[row] += int((value != 0).sum())
+                neurons[row] += value.numel() // steps
             if not faithful or not isinstance(wanted, Tensor):
                 continue
             if timed:
@@ -361,7 +363,7 @@ def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> 
     for row, (difference, whole) in squares.items():
         report[row].error = math.sqrt(difference / whole) if whole else None
     for row, number in spikes.items():
-        report[row].rate = number / len(images) / math.prod(report[row].shape or ())
+        report[row].rate = number / neurons[row]
     report.steps, report.images = steps, len(images)
     snn.train(training)
 

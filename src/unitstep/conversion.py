@@ -10,6 +10,7 @@ import copy
 import inspect
 import io
 import operator
+import os
 import shutil
 import traceback
 import warnings
@@ -348,8 +349,8 @@ class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
 
 
 def _is_users(file: str) -> bool:
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
-    return not file.startswith(ours)
+    ours = [f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__)]
+    return not file.startswith((*ours, "<frozen", "<eval_with_key>"))
 
 
 def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
@@ -394,9 +395,11 @@ def _untraceable(cnn: nn.Module, error: Exception, path: str) -> str:
     if frames:
         where = f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: `{frames[-1].line}`"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    way_out = "write that line so that it does not"
-    if path:
-        way_out += f", or keep the module it stands in as it is, unconverted: leaf_modules=({path!r},)"
+    way_out = "write that line so that it does not, or "
+    if path in ("", "cnn"):  # the whole network; "cnn" is what a run calls a user's
+        way_out += "put it into a module of its own, which can be kept as it is, unconverted: leaf_modules=(its name,)"
+    else:
+        way_out += f"keep the module it stands in as it is, unconverted: leaf_modules=({path!r},)"
     return (
         f"{type(cnn).__name__} cannot be traced{where} ({reason}). Which operations a network runs must not depend on "
         f"the data: {way_out}"
@@ -603,8 +606,9 @@ class _Conversion:
             self.graph.erase_node(node)
 
     def _once(self, node: fx.Node) -> bool:
-        """Whether the node's module is called here and nowhere else."""
-        return node.op == "call_module" and sum(other.target == node.target for other in self.graph.nodes) == 1
+        """Whether the node's module, with its weights, is used here and nowhere else."""
+        uses = (f"{other.target}." for other in self.graph.nodes if other.op in ("call_module", "get_attr"))
+        return node.op == "call_module" and sum(use.startswith(f"{node.target}.") for use in uses) == 1
 
     # -- one operation -------------------------------------------------------------------------------------------------
 
@@ -643,6 +647,7 @@ class _Conversion:
             self.rows[node].became = "kept, after the readout"
         elif isinstance(module, nn.Module) and (node.target in self.leaf_modules or what in self.leaf_modules):
             self.rows[node].became = "kept whole as a leaf module, run at each step"
+            self._repeat(node, inputs)
         elif (bounds := _bounds(node, module)) is not None:
             self._rectifier(node, bounds)
         elif what in APPROXIMABLE:
@@ -655,6 +660,8 @@ class _Conversion:
         elif what in DROPOUTS or what in DROPOUTS.values():
             self._dropout(node, module)
         elif self.rows[node].kind in STOCHASTIC_DEPTH:
+            if not _hands_on(node, module):
+                return self._refuse(node, "it changes values in evaluation, which stochastic depth does not")
             self.rows[node].became = "left out: stochastic depth is off"
             node.replace_all_uses_with(inputs[0])
             self.graph.erase_node(node)
@@ -696,6 +703,8 @@ class _Conversion:
 
     def _dropout(self, node: fx.Node, module: nn.Module | None) -> None:
         source = node.all_input_nodes[0]
+        if module is None and _argument(node, "training", 2, True):
+            return self._refuse(node, "it drops values in evaluation, too: give it training=self.training")
         p: Any = _argument(node, "p", 1, 0.5) if module is None else module.p
         function = node.target if module is None else DROPOUTS[type(module)]
         timed = self.axis[source] == "time"
@@ -748,7 +757,11 @@ class _Conversion:
         elif what is F.batch_norm:
             became += ", with fixed statistics"
         self.rows[node].became = became
-        if timed:
+        self._repeat(node, inputs)
+
+    def _repeat(self, node: fx.Node, inputs: list[fx.Node]) -> None:
+        """Where some of the inputs have time, give it to the others, too."""
+        if self.axis[node] == "time":
             for source in inputs:
                 if self.axis[source] == "images":
                     with self.graph.inserting_before(node):
@@ -859,6 +872,19 @@ class _Conversion:
                 "no ReLU lies between the network's input and its output, so nothing would spike; a network must "
                 "return one tensor of logits"
             )
+
+
+def _hands_on(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation that changes no shapes hands its input on unchanged. Found by trying."""
+    probe = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+    function = module if module is not None else node.target
+    if len(node.all_input_nodes) != 1 or not callable(function):
+        return False
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: probe.clone())
+    try:
+        return bool(torch.equal(function(*args, **kwargs), probe))
+    except Exception:  # whatever the user's code raises on a shape that it was not made for
+        return False
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from unitstep.data import Split, load_train, mix
 from unitstep.files import write_json
 from unitstep.neuron import clamp_, compiled, compiler_available
 from unitstep.recipes import Recipe, Stage
-from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, locked, open_run, rebuild
+from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, leaf_modules, locked, open_run, rebuild
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
@@ -151,7 +151,7 @@ def _take_cnn(run: Run, source: Run, classes: tuple[str, ...]) -> None:
     tensors, info = source.load(source.stage_path(0), 0)
     try:
         rebuild(run.recipe, len(classes), tensors, spikes=False)
-    except RuntimeError as error:
+    except ValueError as error:
         raise ValueError(f"the CNN of {source.path} is not this recipe's network: {error}") from error
     if tuple(info["classes"]) != classes:
         raise ValueError(f"the CNN of {source.path} was trained for other classes: {', '.join(info['classes'][:10])}")
@@ -205,8 +205,14 @@ def convert(
     if weights is not None:
         load_weights_(cnn.get_submodule("cnn") if ":" in recipe.net else cnn, weights)
     images = calibration_images(recipe, split).to(where)
-    with torch.no_grad():
-        logits = forward(cnn, images[:2], None)
+    try:
+        with torch.no_grad():
+            logits = forward(cnn, images[:2], None)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(
+            f"{recipe.net} fails on images of {recipe.channels}×{recipe.size}×{recipe.size}: {error}. --size and "
+            "--channels must be those that it was made for"
+        ) from error
     if not isinstance(logits, Tensor) or logits.shape != (min(2, len(images)), len(split.classes)):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
@@ -218,7 +224,7 @@ def convert(
         cnn, images, steps=steps, calibration_steps=recipe.calibration_steps, thresholds=recipe.thresholds,
         percentile=recipe.percentile, scale=recipe.scale, initial=recipe.initial, height=recipe.height,
         readout=recipe.readout, norm=recipe.norm, max_pool=recipe.max_pool, approximate=recipe.approximate,
-        leaf_modules=recipe.leaf_modules,
+        leaf_modules=leaf_modules(recipe, cnn),
     )  # fmt: skip
     val = val.to(where)
     before, after = accuracy(cnn, val, None, where), accuracy(snn, val, steps, where)

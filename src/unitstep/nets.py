@@ -81,10 +81,11 @@ def imported(place: str) -> nn.Module:
     module, _, function = place.partition(":")
     try:
         made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever the user's code raises
         raise ValueError(
-            f"the network {place!r} cannot be made: {error}. It means function {function!r}, called without "
-            f"arguments, of module {module!r}, which must be importable from here (current folder or PYTHONPATH)"
+            f"the network {place!r} cannot be made: {type(error).__name__}: {error}. It means function {function!r}, "
+            f"called without arguments, of module {module!r}, which must be importable from here (current folder or "
+            "PYTHONPATH)"
         ) from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{place!r} gave a {type(made).__name__}, not a torch.nn.Module")

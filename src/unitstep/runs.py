@@ -165,19 +165,30 @@ def build_snn(recipe: Recipe, cnn: nn.Module) -> Spiking:
     r = recipe
     return spiking(
         cnn, height=r.height, initial=r.initial, readout=r.readout, norm=r.norm, max_pool=r.max_pool,
-        approximate=r.approximate, leaf_modules=r.leaf_modules,
+        approximate=r.approximate, leaf_modules=leaf_modules(r, cnn),
     )  # fmt: skip
 
 
+def leaf_modules(recipe: Recipe, cnn: nn.Module) -> tuple[str, ...]:
+    """The recipe's leaf modules by their names in what `build_cnn` made, where a user's own network is `cnn`."""
+    names = dict(cnn.named_modules())
+    return tuple(f"cnn.{leaf}" if f"cnn.{leaf}" in names else leaf for leaf in recipe.leaf_modules)
+
+
 def rebuild(recipe: Recipe, classes: int, tensors: dict[str, Tensor], *, spikes: bool) -> nn.Module:
-    """The network whose state dict `tensors` is, in evaluation mode: the recipe's CNN, or its `Spiking`."""
+    """The network whose state dict `tensors` is, in evaluation mode: the recipe's CNN, or its `Spiking`. ValueError if
+    they do not fit each other."""
     net = build_cnn(recipe, classes)
     if spikes:
         net = build_snn(recipe, net)
         for name, lif in net.lifs.items():
-            if (V := tensors[f"neurons.{name}.threshold"]).dim():  # one per channel
+            V = tensors.get(f"neurons.{name}.threshold")
+            if V is not None and V.dim():  # one per channel
                 lif.threshold = nn.Parameter(V)
-    net.load_state_dict(tensors)
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"these weights do not fit the network {recipe.net} as it is now: {error}") from error
     return net.eval()
 
 
