@@ -116,10 +116,8 @@ def test_own_cnn_from_conversion_to_one_timestep(folder, capsys, monkeypatch):
     assert "is a run already: go on with unitstep train --from" in capsys.readouterr().err
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(folder)])
     sys.modules.pop("mynet")
-    with pytest.raises(
-        ValueError,
-        match=r"'mynet:build' cannot be made: ModuleNotFoundError: No module named 'mynet'.*must be importable",
-    ):
+    gone = r"'mynet:build' cannot be made: ModuleNotFoundError: No module named 'mynet'.*must be importable"
+    with pytest.raises(ValueError, match=gone):
         load("runs/mine", steps=1)
 
 
