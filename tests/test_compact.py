@@ -1,5 +1,6 @@
 """The small file, and the script that makes one on a GPU."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import torch
 
 from benchmarks import gpu
 from tests.small import small
-from unitstep import load
-from unitstep.compact import load_compact, save_compact
+from unitstep import load, measure, pretrained
+from unitstep.compact import MODELS, load_compact, save_compact
 from unitstep.data import load_test, pack
 from unitstep.files import read_json
 
@@ -63,3 +64,18 @@ def test_the_list_of_gpu_runs(tmp_path: Path, monkeypatch, capsys):
     assert len(parts) > 1
     (tmp_path / "whole").write_bytes(b"".join(part.read_bytes() for part in parts))
     assert load_compact(tmp_path / "whole").lifs
+
+
+def test_a_network_that_comes_with_the_package_does_what_its_card_says():
+    found = measure(pretrained("fashion-mini-t1"), load_test("fashion-mini", size=28, channels=1), steps=1)
+    card = (MODELS / "fashion-mini-t1.md").read_text()
+    stated = float(re.search(r"\| accuracy \| ([\d.]+) %", card)[1])
+    assert found.accuracy == pytest.approx(stated, abs=0.2)  # rounding differs between processors
+    assert f"{found.spikes_per_neuron:.2f}" in card
+    with pytest.raises(ValueError, match=r"no trained network named 'vgg'.*there are: fashion-mini-t1"):
+        pretrained("vgg")
+
+
+def test_networks_and_cards_that_come_with_the_package():
+    assert {path.stem for path in MODELS.glob("*.safetensors")} == {path.stem for path in MODELS.glob("*.md")}
+    assert sum(path.stat().st_size for path in MODELS.iterdir()) < 10e6

@@ -13,16 +13,18 @@ _WHERE = {
     "recipes": ("Recipe", "Stage", "RECIPES", "recipe"),
     "runs": ("Run", "load"),
     "ladder": ("train",),
+    "compact": ("pretrained",),
     "measurement": ("Measurement", "measure", "measure_run"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [  # the public API
     "LIF", "to_spiking", "Spiking", "Report", "ConversionError", "record", "Recipe", "Stage", "RECIPES", "recipe",
-    "train", "Run", "load", "Measurement", "measure", "measure_run",
+    "train", "Run", "load", "pretrained", "Measurement", "measure", "measure_run",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from unitstep.calibration import record, to_spiking
+    from unitstep.compact import pretrained
     from unitstep.conversion import ConversionError, Report, Spiking
     from unitstep.ladder import train
     from unitstep.measurement import Measurement, measure, measure_run

@@ -18,6 +18,16 @@ from unitstep.recipes import recipe_from_dict
 from unitstep.runs import SCHEMA, Run, rebuild
 
 SCALE = ".scale"  # after a tensor's name: its scales
+MODELS = Path(__file__).parent / "models"  # trained networks that come with the package, each with its card
+
+
+def pretrained(name: str) -> Spiking:
+    """A trained one-timestep network that comes with the package, for raw uint8 images: "fashion-mini-t1". What it can
+    do is on its card, models/NAME.md. ValueError, with the names there are, if there is no such."""
+    names = sorted(path.stem for path in MODELS.glob("*.safetensors"))
+    if name not in names:
+        raise ValueError(f"no trained network named {name!r} comes with the package; there are: {', '.join(names)}")
+    return load_compact(MODELS / f"{name}.safetensors")
 
 
 def save_compact(run: Run, path: str | Path) -> None:
