@@ -67,14 +67,14 @@ def test_with_the_largest_current_as_threshold_more_steps_come_nearer_to_the_cnn
     assert error[256] < 0.1
 
 
-@pytest.mark.parametrize("name", ["vgg_bn-average", "resnet-basic", "mobilenet_v2", "densenet", "shufflenet"])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if not has_max_pool(build(name)[0])])
 def test_by_default_too_more_steps_come_nearer(name):
     cnn, images = build(name)
     snn = to_spiking(cnn, images, steps=64, norm="fold")
     with torch.no_grad():
         wanted = cnn(images)
-        error = {T: ((snn(images, steps=T) - wanted).norm() / wanted.norm()).item() for T in (1, 4, 64)}
-    assert error[64] < error[4] < error[1]
+        error = {T: ((snn(images, steps=T) - wanted).norm() / wanted.norm()).item() for T in (4, 16, 64)}
+    assert error[64] < error[16] / 2 < error[4] / 2
 
 
 @pytest.mark.parametrize("training", [True, False])
