@@ -177,22 +177,22 @@ def test_batches_leave_the_global_generator_alone(photos: str, fashion: tuple[In
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("augment", ["flip", "crop-flip"])
+@pytest.mark.parametrize(("augment", "border"), [("flip", "mean"), ("crop-flip", "mean"), ("crop-flip", "mirror")])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 12)])
-def test_augmentation_against_one_image_at_a_time(augment: str, shape: tuple[int, int, int]) -> None:
-    """The oracle: write each image into a filled canvas, cut, and mirror, with the draws documented for batch k."""
+def test_augmentation_against_one_image_at_a_time(augment: str, border: str, shape: tuple[int, int, int]) -> None:
+    """The oracle: pad each image, cut, and mirror, with the draws documented for batch k."""
     noise = torch.Generator().manual_seed(0)
     images = torch.randint(256, (64, *shape), generator=noise, dtype=torch.uint8)
     split = InMemory(images, torch.arange(64), [str(i) for i in range(64)], fill=99)
     padding = 4 if augment == "crop-flip" else 0
-    for k, (batch, labels) in enumerate(split.batches(32, seed=5, augment=augment)):
+    for k, (batch, labels) in enumerate(split.batches(32, seed=5, augment=augment, border=border)):
         generator = torch.Generator().manual_seed(mix(5, k))
         flip = torch.randint(2, (32, 1), generator=generator).flatten().tolist()
         tops, lefts = torch.randint(2 * padding + 1, (2, 32, 1), generator=generator).flatten(1).tolist()
         assert {0, 1} == set(flip)
         for i, label in enumerate(labels.tolist()):
-            canvas = np.full((shape[0], shape[1] + 2 * padding, shape[2] + 2 * padding), 99, np.uint8)
-            canvas[:, padding : padding + shape[1], padding : padding + shape[2]] = images[label].numpy()
+            filled = {"mode": "reflect"} if border == "mirror" else {"constant_values": 99}
+            canvas = np.pad(images[label].numpy(), ((0, 0), (padding,) * 2, (padding,) * 2), **filled)
             cut = canvas[:, tops[i] : tops[i] + shape[1], lefts[i] : lefts[i] + shape[2]]
             assert (batch[i].numpy() == (cut[:, :, ::-1] if flip[i] else cut)).all()
 

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from unitstep import packed
 
 AUGMENTATIONS = ("none", "flip", "crop-flip", "resized-crop-flip")
+BORDERS = ("mean", "mirror")
 EVALUATION_ZOOM = 256 / 224  # streamed evaluation: shorter side over crop side
 MANY = 10_000  # an in-memory set of at least so many images is decoded by worker processes
 WORKERS = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
@@ -162,7 +163,14 @@ class Split(ABC):
         return max(1, len(self) // _positive(size, "batch size"))
 
     def batches(
-        self, size: int, *, seed: int | None = None, start: int = 0, augment: str = "none", padding: int = 4
+        self,
+        size: int,
+        *,
+        seed: int | None = None,
+        start: int = 0,
+        augment: str = "none",
+        padding: int = 4,
+        border: str = "mean",
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images uint8 [B, C, H, W], labels int64 [B]) of one pass over the split, from batch `start` on.
 
@@ -170,16 +178,21 @@ class Split(ABC):
         `steps(size)` batches; the rest of N / size is dropped, and a split smaller than a batch is one batch.
         Both are pure functions of (seed, position): starting at batch k yields what a full pass yields from there.
         The order comes from a CPU generator seeded with `mix(seed)`, so it is the same on every device.
-        padding: pixels added on each side of images in memory before "crop-flip" cuts.
+        padding: pixels added on each side of images in memory before "crop-flip" cuts; border: what they are, "mean"
+        (the split's mean pixel) or "mirror" (the image, mirrored at its outermost pixels).
 
-        Errors: ValueError for an unknown augmentation, one without a seed, or a size, start or padding out of range.
+        Errors: ValueError for an unknown augmentation or border, an augmentation without a seed, or a size, start or
+        padding out of range.
         """
         _positive(size, "batch size")
         _one_of(augment, AUGMENTATIONS, "augment")
+        _one_of(border, BORDERS, "border")
         if seed is None and augment != "none":
             raise ValueError(f"augment={augment!r} needs a seed; batches without a seed are for evaluation")
         if padding < 0:
             raise ValueError(f"padding must be 0 or more pixels, not {padding}")
+        if border == "mirror" and padding >= min(self.shape[1:]):
+            raise ValueError(f"{padding} pixels cannot be mirrored at the border of images of {self.shape[1:]} pixels")
         if seed is None:
             order = torch.arange(len(self))
         else:
@@ -187,7 +200,7 @@ class Split(ABC):
         batches = order.split(size)
         if not 0 <= start <= len(batches):
             raise ValueError(f"start={start} is not a batch of this pass: give 0 to {len(batches)}")
-        return self._read(batches[start:], seed, start, augment, padding)
+        return self._read(batches[start:], seed, start, augment, padding, border)
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Split:
@@ -195,7 +208,7 @@ class Split(ABC):
 
     @abstractmethod
     def _read(
-        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int
+        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int, border: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images at each of `batches` (int64 [B], positions in the split; the first is batch `start`)."""
 
@@ -206,9 +219,9 @@ class InMemory(Split):
 
     Augmentation works on whole batches, on their device; batch k draws from a CPU generator seeded with `mix(seed, k)`.
     "flip" mirrors each image with probability 1/2; "crop-flip" also shifts it by up to `padding` pixels both ways.
-    Pixels are not normalised yet, so what comes in from outside has the value `fill`, by default the split's mean
-    pixel, rounded (one integer for all channels). "resized-crop-flip" needs the large images: only a `Streamed` split
-    has it.
+    Pixels are not normalised yet, so with border "mean" what comes in from outside has the value `fill`, by default
+    the split's mean pixel, rounded (one integer for all channels). "resized-crop-flip" needs the large images: only a
+    `Streamed` split has it.
 
     Errors: ValueError if the parts do not fit together.
     """
@@ -238,20 +251,21 @@ class InMemory(Split):
         return InMemory(images, labels, self.classes, fill=self.fill, skipped=self.skipped)
 
     def _read(
-        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int
+        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int, border: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if augment == "resized-crop-flip":
             raise ValueError(f"images in memory have no {augment!r}: load the set with augment={augment!r}")
-        return (self._batch(rows, seed, k, augment, padding) for k, rows in enumerate(batches, start))
+        return (self._batch(rows, seed, k, augment, padding, border) for k, rows in enumerate(batches, start))
 
     def _batch(
-        self, rows: Tensor, seed: int | None, position: int, augment: str, padding: int
+        self, rows: Tensor, seed: int | None, position: int, augment: str, padding: int, border: str
     ) -> tuple[Tensor, Tensor]:
         rows = rows.to(self.images.device)
         images = self.images[rows]
         if seed is not None and augment != "none":
             by = padding if augment == "crop-flip" else 0
-            images = _shift_and_flip(images, by, self.fill, _generator(seed, position))
+            fill = self.fill if border == "mean" else None
+            images = _shift_and_flip(images, by, fill, _generator(seed, position))
         return images, self.labels[rows]
 
 
@@ -295,7 +309,7 @@ class Streamed(Split):
         )
 
     def _read(
-        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int
+        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int, border: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
         jobs = (_Job(self._rows[positions].tolist(), seed, augment) for positions in batches)
         pin = self._device.type == "cuda"
@@ -726,16 +740,20 @@ def _random_box(width: int, height: int, draws: Iterator[float]) -> _Box:
     return left, top, min(left + box[0], width), min(top + box[1], height)
 
 
-def _shift_and_flip(images: Tensor, padding: int, fill: int, generator: torch.Generator) -> Tensor:
-    """Pad uint8 [B, C, H, W] with `fill`, cut an H×W window at random out of each image, mirror half of them."""
+def _shift_and_flip(images: Tensor, padding: int, fill: int | None, generator: torch.Generator) -> Tensor:
+    """Pad uint8 [B, C, H, W] with `fill`, or with their mirror image, cut an H×W window at random out of each image,
+    mirror half of them."""
     count, channels, height, width = images.shape
     device = images.device
     flip = torch.randint(2, (count, 1), generator=generator).bool().to(device)
     top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).to(device)
     across = torch.arange(width, device=device)
-    rows = top + torch.arange(height, device=device)  # [B, H]
+    rows = top + torch.arange(height, device=device)  # [B, H], in the padded image
     columns = left + torch.where(flip, across.flip(0), across)  # [B, W]
-    padded = pad(images, (padding,) * 4, value=fill)
-    wide = width + 2 * padding
-    index = (rows[:, :, None] * wide + columns[:, None, :]).flatten(1)[:, None, :].expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, index).view(images.shape)
+    if fill is None:  # rows −2, −1, 0 … H−1, H, H+1 of an image are its rows 2, 1, 0 … H−1, H−2, H−3
+        rows = (height - 1) - ((height - 1) - (rows - padding).abs()).abs()
+        columns = (width - 1) - ((width - 1) - (columns - padding).abs()).abs()
+    else:
+        images = pad(images, (padding,) * 4, value=fill)
+    index = (rows[:, :, None] * images.shape[3] + columns[:, None, :]).flatten(1)[:, None, :].expand(-1, channels, -1)
+    return images.flatten(2).gather(2, index).view(count, channels, height, width)

@@ -31,6 +31,7 @@ from unitstep.files import write_json
 from unitstep.neuron import clamp_, compiled, compiler_available
 from unitstep.recipes import Recipe, Stage
 from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, leaf_modules, locked, open_run, rebuild
+from unitstep.whitening import plain_state, whiten_
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
@@ -253,7 +254,9 @@ def load_weights_(net: nn.Module, path: str | Path) -> None:
 def calibration_images(recipe: Recipe, split: Split) -> Tensor:
     """The augmented training images, uint8 [B, C, H, W], that the recipe's thresholds are found on."""
     size = min(recipe.calibration_images, len(split))
-    batches = split.batches(size, seed=mix(recipe.seed, 1, -1), augment=recipe.augment, padding=recipe.padding)
+    batches = split.batches(
+        size, seed=mix(recipe.seed, 1, -1), augment=recipe.augment, padding=recipe.padding, border=recipe.border
+    )
     return next(batches)[0]
 
 
@@ -280,6 +283,10 @@ class _Fit:
         state = self._saved_state()
         net = self._start(fresh=state is None)
         self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if run.recipe.whiten:
+            images = calibration_images(run.recipe, train).to(device)
+            given = () if self.stage.steps is None else (self.stage.steps,)
+            whiten_(self.net, images, *given, fresh=index == 0)
         self.teacher = self._teacher() if self.stage.distillation else None
         self.optimizer = _optimizer(self.net, self.stage)
         if state is not None:
@@ -327,8 +334,9 @@ class _Fit:
                 epoch, position = divmod(self.step, self.per_epoch)
                 order = mix(recipe.seed, self.index, epoch)
                 batches = self.train.batches(
-                    self.stage.batch, seed=order, start=position, augment=recipe.augment, padding=recipe.padding
-                )
+                    self.stage.batch, seed=order, start=position, augment=recipe.augment, padding=recipe.padding,
+                    border=recipe.border,
+                )  # fmt: skip
                 clock = time.monotonic()
                 for images, labels in batches:
                     self._optimise(images, labels)
@@ -354,7 +362,7 @@ class _Fit:
         """One optimiser step on images uint8 [B, C, H, W] and labels [B]."""
         torch.manual_seed(mix(self.run.recipe.seed, self.index, self.step, 0))  # dropout
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.stage, self.step, self.total)
+            group["lr"] = group["times"] * learning_rate(self.stage, self.step, self.total)
         self.net.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -396,7 +404,7 @@ class _Fit:
         val = accuracy(self.net, self.val, self.stage.steps, self.device)
         if val >= self.best_accuracy:
             self.best_accuracy = val
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.net.state_dict().items()}
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in plain_state(self.net).items()}
         row = {
             "stage": self.index,
             "name": self.stage.name,
@@ -505,8 +513,8 @@ def _optimizer(net: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     weights."""
     parameters = list(net.parameters())
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": stage.weight_decay, "times": 1.0},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "times": stage.vector_lr},
     ]
     groups = [group for group in groups if group["params"]]
     if stage.optimizer in ("sgd", "nesterov"):

@@ -44,13 +44,15 @@ class Stage:
     """What lr is divided by at a milestone."""
     label_smoothing: float = 0.0
     """Share of the target, 0 to 1, that is spread over all classes."""
+    vector_lr: float = 1.0
+    """What `lr` is multiplied by for what is no matrix or kernel: batch norms, biases, thresholds, leaks."""
     distillation: float = 0.0
     """Share of the loss, 0 to 1, that asks a spiking stage for the outputs of the ladder's CNN in place of labels."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"a stage needs steps of 1 or more (or None for the CNN), not {self.steps}")
-        for field in ("epochs", "lr", "batch", "accumulate", "factor"):
+        for field in ("epochs", "lr", "vector_lr", "batch", "accumulate", "factor"):
             given = field == "epochs" and self.steps is None and self.epochs == 0
             if not getattr(self, field) > 0 and not given:
                 raise ValueError(f"a stage's {field} must be greater than 0, not {getattr(self, field)}")
@@ -98,10 +100,14 @@ class Recipe:
     streamed), flip."""
     padding: int = 4
     """Pixels added on each side before such a crop; fewer suit a short training."""
+    border: Literal["mean", "mirror"] = "mean"
+    """What those pixels are: the mean pixel, or the image mirrored at its outermost pixels."""
     pixel_zero: tuple[float, ...] = (121.0,)
     """Pixel value, 0 to 255, that becomes 0: one for all channels or one each."""
     pixel_scale: tuple[float, ...] = (1 / 64,)
     """What pixel values are multiplied by after that: one for all channels or one each."""
+    whiten: bool = False
+    """Train the first convolution in coordinates in which its input, patches of the images, is decorrelated."""
     norm: Literal["none", "fold", "keep"] = "keep"
     """Batch norm: none in the CNN; folded into the weights at conversion where that is exact; or kept through the
     ladder, acting on all timesteps at once."""
