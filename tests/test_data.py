@@ -225,6 +225,8 @@ def test_mix() -> None:
         ({"size": 4, "augment": "flip"}, "needs a seed"),
         ({"size": 4, "seed": 1, "augment": "mirror"}, "unknown augment 'mirror': choose one of none, flip"),
         ({"size": 4, "seed": 1, "augment": "resized-crop-flip"}, "load the set with augment='resized-crop-flip'"),
+        ({"size": 4, "border": "black"}, "unknown border 'black': choose one of mean, mirror"),
+        ({"size": 4, "border": "mirror", "padding": 99}, "99 pixels cannot be mirrored at the border of images of"),
         ({"size": 4, "start": 4}, "start=4 is not a batch of this pass: give 0 to 3"),
         ({"size": 4, "start": -1}, "start=-1"),
     ],

@@ -225,6 +225,18 @@ def test_accumulated_parts_give_the_gradient_of_the_batch(tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
 
 
+def test_vectors_have_a_learning_rate_of_their_own(tmp_path):
+    step = Stage(None, 1e-9, 0.01, "sgd", batch=64)  # one step
+    once, four = (
+        weights(train(small(stages=(replace(step, vector_lr=times),)), tmp_path / str(times))) for times in (1.0, 4.0)
+    )
+    assert once["cnn.norm1.bias"].abs().max() > 0  # from 0
+    for name, tensor in once.items():
+        times = 4 if name.endswith("bias") else 1
+        if "norm" not in name or times == 4:
+            torch.testing.assert_close(four[name], times * tensor, rtol=1e-4, atol=1e-7)
+
+
 def test_distillation_is_the_equation_and_learns_from_the_cnn(tmp_path):
     logits, wanted = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels, d = torch.tensor([0, 1, 2, 0, 1]), 0.7

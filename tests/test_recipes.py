@@ -24,7 +24,8 @@ def test_shipped_recipes():
 def test_every_recipe_survives_json_and_takes_the_ladder(name):
     shipped = RECIPES[name]
     assert recipe_from_dict(json.loads(json.dumps(shipped.to_dict()))) == shipped
-    assert [stage.steps for stage in shipped.stages] == [None, 5, 4, 3, 2, 1]
+    straight = name == "cifar10-quick"
+    assert [stage.steps for stage in shipped.stages] == ([None, 1] if straight else [None, 5, 4, 3, 2, 1])
     assert shipped.name == name
 
 
