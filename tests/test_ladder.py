@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from tests.small import small
 from tests.test_data import write_images
 from unitstep import Run, Stage, ladder, load, measure_run, recipe, runs, train
-from unitstep.ladder import Progress, learning_rate, loss_of
+from unitstep.data import load_train
+from unitstep.ladder import Progress, counted, learning_rate, loss_of, spikes_per_neuron
+from unitstep.measurement import measure
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -254,6 +256,34 @@ def test_distillation_is_the_equation_and_learns_from_the_cnn(tmp_path):
     run = train(taught, tmp_path / "taught")
     other = replace(taught, stages=(recipe.stages[0], replace(taught.stages[1], label_smoothing=0.0)))
     assert_same(train(other, tmp_path / "other", cnn=run), run)  # labels have no say
+
+
+@pytest.mark.parametrize("height", ["unit", "threshold"])
+@pytest.mark.parametrize("thresholds", ["percentile", "channel-percentile"])
+def test_counted_spikes_are_those_measured_and_have_the_surrogates_gradient(tmp_path, height, thresholds):
+    run = train(small(2, height=height, thresholds=thresholds), tmp_path)
+    net, (_, val) = run.net(1), load_train("fashion-mini", size=28, channels=1)
+    with counted(net, True) as spikes:
+        net(val.images, 2)
+    rate = spikes_per_neuron(spikes, len(val))
+    assert rate.item() == pytest.approx(measure(net, val, steps=2, device="cpu").spikes_per_neuron, rel=1e-5)
+    assert all(((layer == 0) | ((layer - 1).abs() < 1e-5)).all() for layer in spikes)
+    rate.backward()
+    # of the last layer, whose spikes inhibit no other: higher thresholds, fewer spikes, whatever a spike is worth
+    assert (list(net.lifs.values())[-1].threshold.grad < 0).all()
+    with counted(net, False) as spikes:
+        net(val.images[:2], 2)
+    assert spikes == []
+
+
+def test_a_spike_penalty_makes_spikes_fewer(tmp_path):
+    plain = small(1, dropout=0.0)
+    quiet = replace(plain, stages=(plain.stages[0], replace(plain.stages[1], spike_penalty=100.0)))
+    runs = train(plain, tmp_path / "plain"), train(quiet, tmp_path / "quiet", cnn=tmp_path / "plain")
+    loud, low = (measure_run(run)["stages"][-1]["spikes_per_neuron"] for run in runs)
+    assert low < 0.8 * loud
+    with pytest.raises(ValueError, match="spike_penalty is 0 or more, in spiking stages alone"):
+        Stage(None, 1, 0.1, spike_penalty=1.0)
 
 
 def test_a_cnn_has_no_teacher():

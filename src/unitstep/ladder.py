@@ -28,7 +28,7 @@ from unitstep.calibration import calibrate_, to_spiking
 from unitstep.conversion import Spiking
 from unitstep.data import Split, load_train, mix
 from unitstep.files import write_json
-from unitstep.neuron import clamp_, compiled, compiler_available
+from unitstep.neuron import LIF, clamp_, compiled, compiler_available
 from unitstep.recipes import Recipe, Stage
 from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, leaf_modules, locked, open_run, rebuild
 from unitstep.whitening import plain_state, whiten_
@@ -372,8 +372,12 @@ class _Fit:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 if self.teacher is not None:
                     wanted = forward(self.teacher, part, None).float()
-                logits = forward(self.net, part, self.stage.steps)
-            loss = loss_of(logits.float(), target.to(self.device), self.stage, wanted) * (len(part) / len(images))
+                with counted(self.net, self.stage.spike_penalty > 0) as spikes:
+                    logits = forward(self.net, part, self.stage.steps)
+            loss = loss_of(logits.float(), target.to(self.device), self.stage, wanted)
+            if spikes:
+                loss = loss + self.stage.spike_penalty * spikes_per_neuron(spikes, len(part))
+            loss = loss * (len(part) / len(images))
             loss.backward()
             total += loss.detach()
         self.losses.append(total)
@@ -477,6 +481,32 @@ def loss_of(logits: Tensor, labels: Tensor, stage: Stage, wanted: Tensor | None)
     ours, theirs = (F.log_softmax(x / TEMPERATURE, 1) for x in (logits, wanted))
     apart = TEMPERATURE**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return (1 - stage.distillation) * loss + stage.distillation * apart
+
+
+@contextlib.contextmanager
+def counted(net: nn.Module, enabled: bool) -> Iterator[list[Tensor]]:
+    """The spikes of all neurons of `net` that are called within, one tensor [T·B, …] of 0 and 1 per layer, with their
+    surrogate gradients."""
+    spikes: list[Tensor] = []
+
+    def note(lif: nn.Module, _: Any, out: Tensor) -> None:
+        assert isinstance(lif, LIF)
+        worth = lif.threshold if lif.height == "threshold" else torch.ones_like(lif.threshold)
+        spikes.append(out / (worth.view(-1, *[1] * (out.dim() - 2)) if worth.dim() else worth))
+
+    lifs = [module for module in net.modules() if isinstance(module, LIF)] if enabled else []
+    hooks = [lif.register_forward_hook(note) for lif in lifs]
+    try:
+        yield spikes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def spikes_per_neuron(spikes: list[Tensor], images: int) -> Tensor:
+    """Σ spikes / (neurons · images), over all layers and timesteps; of what `counted` gave for so many images."""
+    neurons = sum(layer[0].numel() for layer in spikes)
+    return torch.stack([layer.sum(dtype=torch.float32) for layer in spikes]).sum() / (neurons * images)
 
 
 def forward(net: nn.Module, images: Tensor, steps: int | None) -> Tensor:

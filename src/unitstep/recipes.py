@@ -48,6 +48,8 @@ class Stage:
     """What `lr` is multiplied by for what is no matrix or kernel: batch norms, biases, thresholds, leaks."""
     distillation: float = 0.0
     """Share of the loss, 0 to 1, that asks a spiking stage for the outputs of the ladder's CNN in place of labels."""
+    spike_penalty: float = 0.0
+    """What one spike per neuron and image adds to a spiking stage's loss: fewer spikes for some accuracy."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -67,6 +69,10 @@ class Stage:
             raise ValueError(
                 f"distillation is a share from 0 to 1, of a spiking stage's loss and not the CNN's; it is "
                 f"{self.distillation} in stage {self.name}"
+            )
+        if self.spike_penalty < 0 or (self.steps is None and self.spike_penalty):
+            raise ValueError(
+                f"spike_penalty is 0 or more, in spiking stages alone; it is {self.spike_penalty} in stage {self.name}"
             )
         if self.optimizer not in get_args(Optimizer):
             raise ValueError(f"no optimizer named {self.optimizer!r}; there are: {', '.join(get_args(Optimizer))}")
