@@ -13,7 +13,6 @@ and docs/controls.png are written.
 """
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -41,7 +40,6 @@ LADDERS: dict[str, tuple[int, ...]] = {  # timesteps of the rungs above T = 1
     FULL: (5, 4, 3, 2), "5→3→1": (5, 3), "5→1": (5,), "3→2→1": (3, 2), STRAIGHT: (), SCRATCH: (),
 }  # fmt: skip
 CNN = Recipe("control-cnn", "", "vgg-small", (Stage(None, CNN_EPOCHS, 0.1),), padding=2, border="mirror", whiten=True)
-PENALTIES = (0.3, 1.0, 3.0, 10.0)
 VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept: fields of the recipe or of its stages
     "batch norm folded first": {"norm": "fold"},
     "max pools": {"pool": "max"},
@@ -54,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept
         "thresholds": "channel-percentile", "percentile": 99.0, "initial": 0.5,
     },
     "distillation 0.5": {"distillation": 0.5},
-    **{f"spike penalty {weight:g}": {"spike_penalty": weight} for weight in PENALTIES},
+    **{f"spike penalty {weight:g}": {"spike_penalty": weight} for weight in (0.3, 1.0, 3.0, 10.0)},
 }  # fmt: skip
 
 
@@ -80,14 +78,14 @@ class Control:
         cnn = Stage(None, epochs, lr, "nesterov", 5e-4, vector_lr=8.0, warmup=0.2, label_smoothing=0.1)
         spiking = Stage(1, COST, 2e-3 if kept else 1e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1)
         changes = VARIANTS.get(self.variant, {})
-        of_stages = {field.name for field in dataclasses.fields(Stage)} & changes.keys()
-        spiking = replace(spiking, **{key: changes[key] for key in of_stages})
+        of_stages = {key: value for key, value in changes.items() if hasattr(spiking, key)}
+        spiking = replace(spiking, **of_stages)
         upper = LADDERS[self.ladder]
         rungs = [replace(spiking, steps=steps, epochs=COST / 2 / sum(upper)) for steps in upper]
         last = replace(spiking, epochs=COST / 2 if upper else COST)
         if self.ladder == SCRATCH:
             last = replace(last, epochs=COST + CNN_EPOCHS)
-        fields = {"norm": self.norm, **{key: changes[key] for key in changes.keys() - of_stages}}
+        fields = {"norm": self.norm, **{key: value for key, value in changes.items() if key not in of_stages}}
         return replace(CNN, name="control", data=data, stages=(cnn, *rungs, last), seed=self.seed, **fields)
 
 

@@ -491,8 +491,8 @@ def counted(net: nn.Module, enabled: bool) -> Iterator[list[Tensor]]:
 
     def note(lif: nn.Module, _: Any, out: Tensor) -> None:
         assert isinstance(lif, LIF)
-        worth = lif.threshold if lif.height == "threshold" else torch.ones_like(lif.threshold)
-        spikes.append(out / (worth.view(-1, *[1] * (out.dim() - 2)) if worth.dim() else worth))
+        V = lif.threshold.view(-1, *[1] * (out.dim() - 2)) if lif.threshold.dim() else lif.threshold
+        spikes.append(out / V if lif.height == "threshold" else out)
 
     lifs = [module for module in net.modules() if isinstance(module, LIF)] if enabled else []
     hooks = [lif.register_forward_hook(note) for lif in lifs]

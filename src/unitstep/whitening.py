@@ -30,8 +30,8 @@ class Whitened(nn.Module):
         super().__init__()
         power, directions = torch.linalg.eigh(moment.double())
         scale = (power.clamp(min=0) + EPSILON * power.mean()).sqrt()
-        self.register_buffer("P", (directions / scale).T.to(torch.float32, copy=True))
-        self.register_buffer("inverse", (directions * scale).to(torch.float32, copy=True))
+        self.register_buffer("P", (directions / scale).T.float())
+        self.register_buffer("inverse", (directions * scale).float())
 
     def forward(self, C: Tensor) -> Tensor:
         return self._times(C, "P")
@@ -69,7 +69,7 @@ def whiten_(net: nn.Module, images: Tensor, *arguments: Any, fresh: bool) -> Non
         raise ValueError(f"the network's input cannot be whitened: {what}. Set whiten to False")
     conv, x = found[0]
     patches = F.unfold(x.float(), conv.kernel_size, conv.dilation, 0, conv.stride).transpose(0, 1).flatten(1)  # [n, ·]
-    white = Whitened(patches @ patches.T / patches.shape[1]).to(conv.weight.device)
+    white = Whitened(patches @ patches.T / patches.shape[1])
     if fresh:
         conv.weight.data = white(conv.weight.data)
     parametrize.register_parametrization(conv, "weight", white)
