@@ -249,7 +249,7 @@ _IMAGENET_PIXELS = _pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, warmup=0.1), between=1)
 _QUICK = (  # straight to T = 1
     Stage(None, 6, 0.1, "nesterov", 5e-4, vector_lr=8, warmup=0.2, label_smoothing=0.1),
-    Stage(1, 24, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1),
+    Stage(1, 27, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1),
 )
 _FULL = _ladder(
     Stage(None, 60, 0.1, "sgd", 5e-4, batch=128, warmup=0.2, label_smoothing=0.1),
@@ -264,7 +264,7 @@ _FASHION: dict[str, Any] = {"channels": 1, "size": 28, "augment": "flip", "pixel
 _SHIPPED = (
     Recipe("fashion-mini", "fashion-mini", "vgg-mini", _MINI, **_FASHION),
     Recipe("fashion-mnist", "zalando-datasets/fashion_mnist", "vgg-mini", _MINI, **_FASHION),
-    Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK, padding=2, border="mirror", whiten=True),
+    Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK, padding=4, border="mirror", whiten=True),
     Recipe("cifar10-vgg6", _CIFAR10, "vgg6", _FULL, dropout=0.2),
     Recipe("cifar10-vgg16", _CIFAR10, "vgg16", _FULL, dropout=0.2),
     Recipe("cifar10-resnet20", _CIFAR10, "resnet20", _FULL, dropout=0.1),
