@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from unitstep import LIF, nets, to_spiking
 from unitstep.calibration import calibrate_
-from unitstep.conversion import SharedDropout, spiking
+from unitstep.conversion import spiking
+from unitstep.neuron import SharedDropout
 
 # One threshold per layer, membranes from 0: what can be followed by hand.
 plainly = partial(to_spiking, thresholds="percentile", percentile=90.0, initial=0.0)

@@ -13,19 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from unitstep.conversion import (
-    BATCH_NORMS,
-    LeafModules,
-    MaxPool,
-    Norm,
-    Readout,
-    Spiking,
-    read_out,
-    repeat,
-    spiking,
-    trace,
-)
-from unitstep.neuron import LIF, Height, check_steps
+from unitstep.conversion import LeafModules, MaxPool, Norm, Readout, Spiking, spiking, trace
+from unitstep.fusing import BATCH_NORMS
+from unitstep.neuron import LIF, Height, check_steps, read_out, repeat
 from unitstep.recipes import STRATEGIES, Thresholds
 
 REPORTED = 128  # images on which a report's rates and errors are taken, at most

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
+from unitstep.fusing import BATCH_NORMS, CONVOLUTIONS, argument, fold_norm, fuse, module_of
 from unitstep.nets import Normalize
-from unitstep.neuron import LIF, Height, check_steps
+from unitstep.neuron import LIF, Height, SharedDropout, check_steps, read_out, repeat
 
 Norm = Literal["none", "fold", "keep"]
 Readout = Literal["sum", "mean"]
@@ -151,34 +152,10 @@ class Spiking(fx.GraphModule):  # type: ignore[misc,unused-ignore]
         report: Report = self.meta["report"]
         return report
 
-
-class SharedDropout(nn.Module):
-    """Dropout (of elements or of channels) that draws one mask per call and uses it at every step.
-
-    [T·B, …], steps → [T·B, …].
-    """
-
-    def __init__(self, p: float, function: Any = F.dropout) -> None:
-        super().__init__()
-        self.p, self.function = p, function
-
-    def forward(self, x: Tensor, steps: int = 1) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        mask = self.function(torch.ones_like(x[: len(x) // steps]), self.p, True)
-        return x * repeat(mask, steps)
-
-
-def repeat(x: Tensor, steps: int) -> Tensor:
-    """[B, …] → [T·B, …]: the same at every step."""
-    return x if steps == 1 else x.repeat(steps, *[1] * (x.dim() - 1))
-
-
-def read_out(x: Tensor, steps: int, readout: str) -> Tensor:
-    """[T·B, classes] → [B, classes]: what a neuron without leak and without threshold has integrated, or its mean per
-    step."""
-    over_time: Tensor = x.unflatten(0, (steps, len(x) // steps))
-    return over_time.sum(0) if readout == "sum" else over_time.mean(0)
+    def fuse(self, steps: int = 1) -> fx.GraphModule:
+        """This network at `steps` timesteps as a plain module: convolutions and comparisons, images [B, C, H, W] →
+        logits [B, classes]. See `unitstep.fusing`."""
+        return fuse(self, steps)
 
 
 # ---------------------------------------------------------------------------------------------- what converts, and how
@@ -186,8 +163,6 @@ def read_out(x: Tensor, steps: int, readout: str) -> Tensor:
 # "analog". A kept operation acts on each image and each step alone; here is what it makes of its input's values.
 
 SAME, COUNTS, ANALOG = "same", "counts", "analog"
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 KEPT_MODULES: dict[type[nn.Module], str] = {
     **dict.fromkeys((*CONVOLUTIONS, nn.Linear, *BATCH_NORMS, Normalize, nn.Upsample), ANALOG),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), COUNTS),
@@ -262,14 +237,6 @@ def _what(node: fx.Node, module: nn.Module | None) -> Any:
     return node.target if module is None else type(module)
 
 
-def _module(net: nn.Module, node: fx.Node) -> nn.Module | None:
-    return net.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _argument(node: fx.Node, name: str, position: int, default: Any = None) -> Any:
-    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
-
-
 def _bounds(node: fx.Node, module: nn.Module | None) -> tuple[Any, Any] | None:
     """(lower, upper) between which an operation cuts its input off; None for any other operation."""
     what = _what(node, module)
@@ -280,13 +247,13 @@ def _bounds(node: fx.Node, module: nn.Module | None) -> tuple[Any, Any] | None:
     if isinstance(module, nn.Hardtanh):
         return module.min_val, module.max_val
     if what is F.hardtanh:
-        return _argument(node, "min_val", 1, -1.0), _argument(node, "max_val", 2, 1.0)
+        return argument(node, "min_val", 1, -1.0), argument(node, "max_val", 2, 1.0)
     if what in (torch.clamp, torch.clip, "clamp", "clip"):
-        return _argument(node, "min", 1), _argument(node, "max", 2)
+        return argument(node, "min", 1), argument(node, "max", 2)
     if what in (torch.clamp_min, "clamp_min"):
-        return _argument(node, "min", 1), None
+        return argument(node, "min", 1), None
     if what in (torch.clamp_max, "clamp_max"):
-        return None, _argument(node, "max", 1)
+        return None, argument(node, "max", 1)
     return None
 
 
@@ -416,7 +383,7 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
 
     def root(node: fx.Node) -> fx.Node:
         while node.all_input_nodes:
-            module = _module(net, node)
+            module = module_of(net, node)
             unknown = module is not None and not type(module).__module__.startswith("torch.")  # may return its input
             if _what(node, module) not in VIEWS and not unknown and _kind(node, module) not in STOCHASTIC_DEPTH:
                 break
@@ -428,12 +395,10 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
         if _reads_size(node) or (node.all_input_nodes and all(source in sizes for source in node.all_input_nodes)):
             sizes.add(node)
     for node in list(graph.nodes):
-        module = _module(net, node)
+        module = module_of(net, node)
         what, kind = _what(node, module), _kind(node, module)
         flag = INPLACE_FLAGS.get(what)
-        flagged = (
-            node.target in modules if module is not None else _argument(node, "inplace", flag or 99, False) is True
-        )
+        flagged = node.target in modules if module is not None else argument(node, "inplace", flag or 99, False) is True
         if node.op not in ("call_module", "call_function", "call_method") or not node.all_input_nodes:
             continue
         place = f"{kind} {node.name}" + (f" ({node.meta['line']})" if "line" in node.meta else "")
@@ -547,7 +512,7 @@ class _Conversion:
         graph = self.graph = self.net.graph
         for node in graph.nodes:
             if node.op not in ("placeholder", "get_attr", "output"):
-                kind = _kind(node, _module(self.net, node))
+                kind = _kind(node, module_of(self.net, node))
                 path = str(node.target) if node.op == "call_module" else ""
                 self.rows[node] = Row(node.name, kind, path, node.meta.get("line", ""))
         self._norms()
@@ -567,7 +532,7 @@ class _Conversion:
         if any(row.refused for row in report.rows):
             raise ConversionError(report)
         for node in graph.nodes:
-            node.meta["axis"] = self.axis.get(node, "none")
+            node.meta["axis"] = "time" if node.target is repeat else self.axis.get(node, "none")
         graph.lint()
         snn = Spiking(self.net, graph)
         snn.meta["report"] = report
@@ -579,36 +544,20 @@ class _Conversion:
         """Fold every batch norm into the layer before or behind it where that changes no value; refuse or keep the
         others."""
         for node in list(self.graph.nodes):
-            norm = _module(self.net, node)
-            if not isinstance(norm, BATCH_NORMS):
+            if not isinstance(module_of(self.net, node), BATCH_NORMS):
                 continue
             if self.norm == "none":
                 self._refuse(node, 'a batch norm, but norm="none": use norm="fold" or "keep"')
-            if self.norm != "fold" or norm.running_mean is None or not self._once(node):
+            if self.norm != "fold":
                 continue
-            before, behind = node.all_input_nodes[0], next(iter(node.users), None)
-            layer = _module(self.net, before)
-            fused, kept = None, before
-            if len(before.users) == 1 and self._once(before):
-                fused = _fold_into_previous(norm, layer)
-            if fused is not None:
+            before = node.all_input_nodes[0]
+            if (kept := fold_norm(self.net, node)) is None:
+                continue
+            if kept is before:
                 kept.meta["as"] = node.name  # its output is now the norm's
-            elif behind is not None and len(node.users) == 1 and self._once(behind):
-                fused, kept = _fold_into_next(norm, _module(self.net, behind)), behind
-            if fused is None:
-                continue
-            if isinstance(fused, nn.Linear):
+            if isinstance(module_of(self.net, kept), nn.Linear):
                 kept.meta["vectors"] = node.name
-            self.net.set_submodule(str(kept.target), fused.requires_grad_())
-            self.net.set_submodule(str(node.target), nn.Identity())
             self.rows[node].became = f"folded into {kept.name}"
-            node.replace_all_uses_with(before)
-            self.graph.erase_node(node)
-
-    def _once(self, node: fx.Node) -> bool:
-        """Whether the node's module, with its weights, is used here and nowhere else."""
-        uses = (f"{other.target}." for other in self.graph.nodes if other.op in ("call_module", "get_attr"))
-        return node.op == "call_module" and sum(use.startswith(f"{node.target}.") for use in uses) == 1
 
     # -- one operation -------------------------------------------------------------------------------------------------
 
@@ -627,7 +576,7 @@ class _Conversion:
 
     def _operation(self, node: fx.Node) -> None:
         node.meta["row"] = node.name
-        module = _module(self.net, node)
+        module = module_of(self.net, node)
         what = _what(node, module)
         if self._is_size(node):
             self._size(node)
@@ -682,7 +631,7 @@ class _Conversion:
             self._refuse(node, 'a cap has a unit, which spikes of height 1 have lost: use height="threshold"')
         elif lower == 0:
             self._neuron(node, "neuron" if upper is None else f"neuron, capped at {upper:g}", upper)
-        elif isinstance(_module(self.net, source), LIF) and len(source.users) == 1:
+        elif isinstance(module_of(self.net, source), LIF) and len(source.users) == 1:
             row = next(row for row in self.rows.values() if row.name == source.meta["row"])
             row.cap = upper if row.cap is None else min(row.cap, upper)
             row.became = f"neuron, capped at {row.cap:g}"
@@ -703,9 +652,9 @@ class _Conversion:
 
     def _dropout(self, node: fx.Node, module: nn.Module | None) -> None:
         source = node.all_input_nodes[0]
-        if module is None and _argument(node, "training", 2, True):
+        if module is None and argument(node, "training", 2, True):
             return self._refuse(node, "it drops values in evaluation, too: give it training=self.training")
-        p: Any = _argument(node, "p", 1, 0.5) if module is None else module.p
+        p: Any = argument(node, "p", 1, 0.5) if module is None else module.p
         function = node.target if module is None else DROPOUTS[type(module)]
         timed = self.axis[source] == "time"
         self.rows[node].became = "one mask for all steps"
@@ -727,12 +676,14 @@ class _Conversion:
             numbers = what in ADDITIONS and any(isinstance(arg, int | float) for arg in node.args)
             counts = "integer" if kinds == "binary" and what in ADDITIONS else kinds
             self.values[node] = ANALOG if constant or numbers or "alpha" in node.kwargs else counts
+            homogeneous = not constant and not numbers
         elif len(inputs) > 1 or (what in SCALINGS and sum(arg in inputs for arg in arguments) > 1):  # also x * x
             product = what in SCALINGS or what in (torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm")
             why = "multiplies activations, as squeeze-and-excitation and attention do, which spikes cannot"
             return self._refuse(node, why if product else "several activations meet; only + and concatenation do that")
         elif what in SCALINGS and (first in inputs or what in (operator.mul, torch.mul, "mul")):
             self.values[node] = kinds if what is operator.neg and kinds != "binary" else ANALOG
+            homogeneous = True
         elif rule is None or (module is None and first not in inputs):
             own = what in OWN_STATISTICS_FUNCTIONS or isinstance(module, OWN_STATISTICS)
             why = "normalises each image by its own statistics, which no spike knows: use batch norm"
@@ -743,8 +694,10 @@ class _Conversion:
         else:
             counts = "integer" if kinds == "binary" else kinds
             self.values[node] = {SAME: kinds, COUNTS: counts, ANALOG: ANALOG}[rule]
-            if what is F.pad and _argument(node, "value", 3) not in (None, 0):
-                self.values[node] = ANALOG
+            homogeneous = rule in (SAME, COUNTS)
+            if what is F.pad and argument(node, "value", 3) not in (None, 0):
+                self.values[node], homogeneous = ANALOG, False
+        node.meta["homogeneous"] = homogeneous  # op(h·x) = h·op(x)
         became = f"kept, {kinds} input"
         if node.target in self.averaged:
             became = AVERAGED
@@ -765,11 +718,12 @@ class _Conversion:
             for source in inputs:
                 if self.axis[source] == "images":
                     with self.graph.inserting_before(node):
-                        node.replace_input_with(source, self.graph.call_function(repeat, (source, self.steps)))
+                        repeated = self.graph.call_function(repeat, (source, self.steps))
+                    node.replace_input_with(source, repeated)
 
     def _average(self, node: fx.Node, module: nn.Module | None) -> str:
         """Put an average pool in the place of a max pool."""
-        dilation = getattr(module, "dilation", 1) if module is not None else _argument(node, "dilation", 4, 1)
+        dilation = getattr(module, "dilation", 1) if module is not None else argument(node, "dilation", 4, 1)
         indices = getattr(module, "return_indices", False) or node.kwargs.get("return_indices", False)
         if dilation not in (1, (1, 1)) or indices:
             self._refuse(node, "a max pool with dilation or indices has no average pool to take its place")
@@ -811,8 +765,8 @@ class _Conversion:
         if node.target is getattr or node.op == "call_method":
             if node.target in ("dim",) or index in ("ndim", "dtype", "device"):
                 return
-            if node.target == "size" and _argument(node, "dim", 1) is not None:
-                if _argument(node, "dim", 1) == 0:
+            if node.target == "size" and argument(node, "dim", 1) is not None:
+                if argument(node, "dim", 1) == 0:
                     self.batch[node] = str(owner)
             else:
                 self.shapes[node] = str(owner)
@@ -885,56 +839,3 @@ def _hands_on(node: fx.Node, module: nn.Module | None) -> bool:
         return bool(torch.equal(function(*args, **kwargs), probe))
     except Exception:  # whatever the user's code raises on a shape that it was not made for
         return False
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """(γ/σ, β − γμ/σ) of each channel: what a batch norm in evaluation multiplies by and adds."""
-    mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-    scale = (var + norm.eps).rsqrt()  # type: ignore[operator]
-    if getattr(norm, "weight", None) is None:
-        return scale, -mean * scale
-    scale = scale * norm.get_parameter("weight").detach()
-    return scale, norm.get_parameter("bias").detach() - mean * scale
-
-
-def _fold_into_previous(norm: nn.Module, layer: Any) -> Any:
-    """A copy of `layer`, whose output the norm takes, that gives the norm's output: γ/σ·(Wx + b) + β − γμ/σ. None if it
-    is no such layer."""
-    if type(layer) not in (*CONVOLUTIONS, nn.Linear):
-        return None
-    if isinstance(layer, nn.Linear) and layer.out_features != norm.num_features:
-        return None
-    scale, shift = _affine(norm)
-    by_weight = scale.view(-1, 1)  # [O, 1], or [I, O / groups] where inputs come first
-    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
-        by_weight = scale.view(layer.groups, -1).repeat_interleave(layer.in_channels // layer.groups, 0)
-    layer = copy.deepcopy(layer)
-    rest = [1] * (layer.weight.dim() - 2)
-    layer.weight = nn.Parameter(layer.weight.detach() * by_weight.view(*by_weight.shape, *rest))
-    layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias.detach() * scale + shift)
-    return layer
-
-
-def _fold_into_next(norm: nn.Module, layer: Any) -> Any:
-    """A copy of `layer`, which takes the norm's output, that takes the norm's input: W·(γ/σ·x + β − γμ/σ) + b. None if
-    there is no exact one: padding is with zeros, which the norm would have moved."""
-    if type(layer) in (nn.Conv1d, nn.Conv2d):
-        if isinstance(layer.padding, str) or any(layer.padding):
-            return None
-        groups = layer.groups
-    elif type(layer) is nn.Linear and layer.in_features == norm.num_features:
-        groups = 1
-    else:
-        return None
-    layer = copy.deepcopy(layer)
-    weight = layer.weight.detach()
-    scale, shift = (  # [C] → [O, C / groups, 1, …], one for each weight
-        x.view(groups, -1)
-        .repeat_interleave(len(weight) // groups, 0)
-        .view(*weight.shape[:2], *[1] * (weight.dim() - 2))
-        for x in _affine(norm)
-    )
-    bias = (weight * shift).flatten(1).sum(1)
-    layer.weight = nn.Parameter(weight * scale)
-    layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias.detach() + bias)
-    return layer

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Height = Literal["unit", "threshold"]
 SURROGATE = 0.3  # the surrogate's peak, at U = V; its support is 0 < U < 2V
@@ -296,3 +297,32 @@ def clamp_(net: nn.Module) -> None:
             if isinstance(module, LIF):
                 module.threshold.clamp_(min=MIN_THRESHOLD)
                 module.leak.clamp_(min=MIN_LEAK, max=1.0)
+
+
+class SharedDropout(nn.Module):
+    """Dropout (of elements or of channels) that draws one mask per call and uses it at every step.
+
+    [T·B, …], steps → [T·B, …].
+    """
+
+    def __init__(self, p: float, function: Any = F.dropout) -> None:
+        super().__init__()
+        self.p, self.function = p, function
+
+    def forward(self, x: Tensor, steps: int = 1) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        mask = self.function(torch.ones_like(x[: len(x) // steps]), self.p, True)
+        return x * repeat(mask, steps)
+
+
+def repeat(x: Tensor, steps: int) -> Tensor:
+    """[B, …] → [T·B, …]: the same at every step."""
+    return x if steps == 1 else x.repeat(steps, *[1] * (x.dim() - 1))
+
+
+def read_out(x: Tensor, steps: int, readout: str) -> Tensor:
+    """[T·B, classes] → [B, classes]: what a neuron without leak and without threshold has integrated, or its mean per
+    step."""
+    over_time: Tensor = x.unflatten(0, (steps, len(x) // steps))
+    return over_time.sum(0) if readout == "sum" else over_time.mean(0)

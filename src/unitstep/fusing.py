@@ -1,0 +1,299 @@
+"""A spiking network at a fixed number of steps as an ordinary one: batch norms and heights go into the weights next to
+them, and a neuron is a comparison. Knows nothing of how a network was converted or trained.
+
+At T = 1 a neuron has U = λ·U(0) + I with U(0) = initial·V and fires if U > V, so::
+
+    s = 1 if I > V·(1 − λ·initial) else 0
+
+which is one comparison. Its height h multiplies every weight that the spikes meet: W·(h·s) = (W·h)·s.
+"""
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from unitstep.neuron import LIF, SharedDropout, check_steps, membranes, read_out, repeat
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+CATS: tuple[Any, ...] = (torch.cat, torch.concat, torch.concatenate)
+POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.MaxPool2d)
+
+
+class Fire(nn.Module):
+    """A `LIF` in evaluation, at a number of steps that is fixed: current [T·B, …], or [B, …] if it is the same at every
+    step, → spikes [T·B, …], worth 0 or `height`, in the current's dtype."""
+
+    threshold: Tensor
+    leak: Tensor
+    height: Tensor
+
+    def __init__(self, lif: LIF, steps: int, static: bool) -> None:
+        super().__init__()
+        V, leak = lif.threshold.detach(), lif.leak.detach()
+        self.steps, self.rows, self.initial = steps, 1 if static else steps, lif.initial
+        self.register_buffer("threshold", V * (1 - leak * lif.initial) if steps == 1 else V.clone())
+        self.register_buffer("leak", leak.clone())
+        self.register_buffer("height", V.clone() if lif.height == "threshold" else torch.ones(()))
+
+    def forward(self, current: Tensor) -> Tensor:
+        V = per_channel(self.threshold, current.dim())
+        if self.steps == 1:
+            fired = current > V
+        else:
+            over_time = current.unflatten(0, (self.rows, len(current) // self.rows))
+            left = (self.initial * V).expand_as(over_time[0]) if self.initial else None
+            fired = torch.cat([fires for _, _, fires in membranes(over_time, V, self.leak, self.steps, left)])
+        return fired.to(current.dtype) * per_channel(self.height, current.dim()).to(current.dtype)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold.mean():.4g}, height={self.height.mean():.4g}, steps={self.steps}"
+
+
+class Scale(nn.Module):
+    """x·factor, one for all or one per channel (dimension 1): the height of spikes that meet no weights."""
+
+    factor: Tensor
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * per_channel(self.factor, x.dim())
+
+
+def per_channel(values: Tensor, dimensions: int) -> Tensor:
+    """A scalar as it is, [C] → [C, 1, …], so that it meets dimension 1 of a tensor with so many dimensions."""
+    return values if values.dim() == 0 else values.view(-1, *[1] * (dimensions - 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuse
+
+
+def fuse(snn: fx.GraphModule, steps: int = 1) -> fx.GraphModule:
+    """The spiking network `snn` at `steps` timesteps as a plain module, in evaluation: images [B, C, H, W] → logits
+    [B, classes].
+
+    A copy, with nothing to train, whose modules have the names of the traced graph's operations: convolutions and
+    linear layers, with a bias where a batch norm was, a `Fire` for each neuron layer, and what else the network has.
+    Equal to `snn(images, steps)` but for rounding: where a membrane is at its threshold to 1e-6 or so, a spike can
+    differ. ValueError if steps < 1.
+    """
+    check_steps(steps)
+    net = _at_fixed_steps(copy.deepcopy(snn).eval(), steps)
+    for node in list(net.graph.nodes):
+        if isinstance(module_of(net, node), BATCH_NORMS):
+            fold_norm(net, node)
+    _heights_into_weights(net)
+    net.delete_all_unused_submodules()
+    net.graph.lint()
+    net.recompile()
+    return net.requires_grad_(False)
+
+
+def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
+    """`snn` without its input `steps`, and with a module of its own, under the call's name, for every call of one."""
+    root, graph = nn.Module(), snn.graph
+    for node in list(graph.nodes):
+        module = module_of(snn, node)
+        if node.target in ("steps", check_steps):
+            _put_number(node, steps)
+        elif isinstance(module, SharedDropout | nn.Identity) or (steps == 1 and node.target in (repeat, read_out)):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+        elif module is not None:
+            if isinstance(module, LIF):
+                node.name = str(node.target).removeprefix("neurons.")
+                module = Fire(module, steps, bool(node.kwargs.get("static")))
+                node.args, node.kwargs = node.args[:1], {}
+            root.add_module(node.name, copy.deepcopy(module))
+            node.target = node.name
+        elif node.op == "get_attr":
+            root.register_buffer(node.name, operator.attrgetter(str(node.target))(snn).detach())
+            node.target = node.name
+    return fx.GraphModule(root, graph, type(snn).__name__)
+
+
+def _put_number(node: fx.Node, number: int) -> None:
+    """Let those who use the value of `node` have `number` instead, and remove it."""
+
+    def put(arg: fx.Node) -> Any:
+        return number if arg is node else arg
+
+    for user in list(node.users):
+        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), put)
+    node.graph.erase_node(node)
+
+
+def _heights_into_weights(net: fx.GraphModule) -> None:
+    """Let every spike be 1, and the weights it meets so much larger; where it meets none, a `Scale` makes up for it."""
+    heights: dict[fx.Node, Tensor] = {}  # what a value must still be multiplied by: one factor, or one per channel
+    for node in list(net.graph.nodes):
+        module = module_of(net, node)
+        sources = [source for source in node.all_input_nodes if source in heights]
+        if isinstance(module, Fire):
+            for source in sources:
+                _scale(net, node, source, heights[source])
+            if bool((module.height != 1).any()):
+                heights[node], module.height = module.height, torch.ones(())
+        elif sources and module is not None and type(module) in (*CONVOLUTIONS, nn.Linear):
+            scale_inputs_(module, heights[sources[0]])
+        elif sources and (passed := _passed(net, node, heights)) is not None:
+            heights[node] = passed
+        else:
+            for source in sources:
+                _scale(net, node, source, heights[source])
+
+
+def _scale(net: fx.GraphModule, node: fx.Node, source: fx.Node, height: Tensor) -> None:
+    """Multiply `source` by `height` where `node` takes it."""
+    name = f"{source.name}_height"
+    net.add_submodule(name, Scale(height))
+    with net.graph.inserting_before(node):
+        node.replace_input_with(source, net.graph.call_module(name, (source,)))
+
+
+def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) -> Tensor | None:
+    """The height h' with op(h·x, …) = h'·op(x, …) of an operation; None if there is no such."""
+    if not node.meta.get("homogeneous") and node.target is not repeat:
+        return None
+    sources = [source for source in node.all_input_nodes if source.meta["axis"] in ("images", "time")]  # without sizes
+    given = [heights.get(source, torch.ones(())) for source in sources]
+    if all(height.dim() == 0 and torch.equal(height, given[0]) for height in given):
+        return given[0]
+    module = module_of(net, node)
+    if isinstance(module, POOLS):  # each channel for itself
+        return given[0]
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):  # C·k features, k per channel
+        return given[0] if all(isinstance(module_of(net, user), nn.Linear) for user in node.users) else None
+    if node.target in CATS and argument(node, "dim", 1, 0) == 1:
+        channels = [_channels(net, source) for source in sources]
+        if None not in channels:
+            return torch.cat([height.expand(n) for height, n in zip(given, channels, strict=True)])  # type: ignore[arg-type]
+    return None
+
+
+def _channels(net: fx.GraphModule, node: fx.Node) -> int | None:
+    """How many channels a value has, as far as the layers before it say so."""
+    module = module_of(net, node)
+    if isinstance(module, CONVOLUTIONS):
+        return module.out_channels
+    if isinstance(module, (Fire, *POOLS, *BATCH_NORMS)):
+        return _channels(net, node.all_input_nodes[0])
+    if node.target in CATS and argument(node, "dim", 1, 0) == 1:
+        parts = [_channels(net, source) for source in node.args[0]]  # type: ignore[union-attr,arg-type]
+        return None if None in parts else sum(part for part in parts if part is not None)
+    return None
+
+
+def scale_inputs_(layer: nn.Module, factor: Tensor) -> None:
+    """Multiply the weights of a convolution or linear layer, in place, as if its input had been multiplied by `factor`:
+    a scalar, or [C] for C channels (a linear layer may have several features per channel)."""
+    weight = layer.get_parameter("weight")
+    if factor.dim():
+        if isinstance(layer, nn.Linear):
+            factor = factor.repeat_interleave(layer.in_features // len(factor))
+        elif isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):  # [I, O / groups, …]
+            factor = factor.view(-1, *[1] * (weight.dim() - 1))
+        else:  # [O, I / groups, …]: each group of outputs has inputs of its own
+            groups: Any = layer.groups
+            by_output = factor.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
+            factor = by_output.view(*weight.shape[:2], *[1] * (weight.dim() - 2))
+    layer.weight = nn.Parameter(weight.detach() * factor, requires_grad=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- batch norm
+
+
+def fold_norm(net: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Fold the batch norm that `node` calls into the layer before or behind it, where that changes no value. Returns
+    the call of that layer, or None if there is none."""
+    norm = module_of(net, node)
+    if norm is None or norm.running_mean is None or not called_once(net, node):
+        return None
+    before, behind = node.all_input_nodes[0], next(iter(node.users), None)
+    fused, kept = None, before
+    if len(before.users) == 1 and called_once(net, before):
+        fused = _fold_into_previous(norm, module_of(net, before))
+    if fused is None and behind is not None and len(node.users) == 1 and called_once(net, behind):
+        fused, kept = _fold_into_next(norm, module_of(net, behind)), behind
+    if fused is None:
+        return None
+    net.set_submodule(str(kept.target), fused.requires_grad_())
+    net.set_submodule(str(node.target), nn.Identity())
+    node.replace_all_uses_with(before)
+    net.graph.erase_node(node)
+    return kept
+
+
+def module_of(net: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that `node` calls; None if it is no such call."""
+    return net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def argument(node: fx.Node, name: str, position: int, default: Any = None) -> Any:
+    """What `node` calls its function with."""
+    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
+
+
+def called_once(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's module, with its weights, is used here and nowhere else."""
+    uses = (f"{other.target}." for other in net.graph.nodes if other.op in ("call_module", "get_attr"))
+    return node.op == "call_module" and sum(use.startswith(f"{node.target}.") for use in uses) == 1
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(γ/σ, β − γμ/σ) of each channel: what a batch norm in evaluation multiplies by and adds."""
+    mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = (var + norm.eps).rsqrt()  # type: ignore[operator]
+    if getattr(norm, "weight", None) is None:
+        return scale, -mean * scale
+    scale = scale * norm.get_parameter("weight").detach()
+    return scale, norm.get_parameter("bias").detach() - mean * scale
+
+
+def _fold_into_previous(norm: nn.Module, layer: Any) -> Any:
+    """A copy of `layer`, whose output the norm takes, that gives the norm's output: γ/σ·(Wx + b) + β − γμ/σ. None if it
+    is no such layer."""
+    if type(layer) not in (*CONVOLUTIONS, nn.Linear):
+        return None
+    if isinstance(layer, nn.Linear) and layer.out_features != norm.num_features:
+        return None
+    scale, shift = _affine(norm)
+    by_weight = scale.view(-1, 1)  # [O, 1], or [I, O / groups] where inputs come first
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        by_weight = scale.view(layer.groups, -1).repeat_interleave(layer.in_channels // layer.groups, 0)
+    layer = copy.deepcopy(layer)
+    rest = [1] * (layer.weight.dim() - 2)
+    layer.weight = nn.Parameter(layer.weight.detach() * by_weight.view(*by_weight.shape, *rest))
+    layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias.detach() * scale + shift)
+    return layer
+
+
+def _fold_into_next(norm: nn.Module, layer: Any) -> Any:
+    """A copy of `layer`, which takes the norm's output, that takes the norm's input: W·(γ/σ·x + β − γμ/σ) + b. None if
+    there is no exact one: padding is with zeros, which the norm would have moved."""
+    if type(layer) in (nn.Conv1d, nn.Conv2d):
+        if isinstance(layer.padding, str) or any(layer.padding):
+            return None
+        groups = layer.groups
+    elif type(layer) is nn.Linear and layer.in_features == norm.num_features:
+        groups = 1
+    else:
+        return None
+    layer = copy.deepcopy(layer)
+    weight = layer.weight.detach()
+    scale, shift = (  # [C] → [O, C / groups, 1, …], one for each weight
+        x.view(groups, -1)
+        .repeat_interleave(len(weight) // groups, 0)
+        .view(*weight.shape[:2], *[1] * (weight.dim() - 2))
+        for x in _affine(norm)
+    )
+    bias = (weight * shift).flatten(1).sum(1)
+    layer.weight = nn.Parameter(weight * scale)
+    layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias.detach() + bias)
+    return layer

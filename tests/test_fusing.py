@@ -1,0 +1,71 @@
+"""A network at fixed steps as convolutions and comparisons: the same spikes and logits."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.architectures import ARCHITECTURES, build
+from unitstep import nets, record, to_spiking
+from unitstep.fusing import Fire
+
+ONE: dict[str, Any] = {"thresholds": "percentile", "percentile": 80, "scale": 0.7, "initial": 0.0}
+EACH: dict[str, Any] = {"thresholds": "channel-percentile", "percentile": 90, "initial": 0.3}
+UNIT: dict[str, Any] = {
+    "thresholds": "percentile",
+    "percentile": 80,
+    "height": "unit",
+    "readout": "sum",
+    "norm": "fold",
+}
+CAPPED = {name for name in ARCHITECTURES if any(isinstance(module, nn.ReLU6) for module in build(name)[0].modules())}
+
+
+def agrees(snn, images, steps):
+    """All spikes are the same, except of neurons within 1e-6 of their threshold, and so are the logits."""
+    fused = snn.fuse(steps)
+    seen = {}
+    for name, module in fused.named_modules():
+        if isinstance(module, Fire):
+            module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
+    with record(snn) as wanted, torch.no_grad():
+        expected, logits = snn(images, steps=steps), fused(images)
+    assert list(seen) == list(wanted) == list(snn.lifs)
+    for name, layer in wanted.items():
+        assert torch.equal(seen[name] != 0, layer.spikes.flatten(0, 1) != 0), name
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    return fused
+
+
+@pytest.mark.parametrize("options", [ONE, EACH, UNIT], ids=["one threshold", "per channel", "unit height"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_fused_architecture_is_the_same_function(name, options):
+    cnn, images = build(name)
+    if name in CAPPED:  # a cap needs a height that has a unit
+        options = options | {"height": "threshold"}
+    snn = to_spiking(cnn, images, steps=3, **options)
+    before = copy.deepcopy(snn.state_dict())
+    for steps in (1, 3):
+        agrees(snn, images, steps)
+    assert all(torch.equal(before[key], value) for key, value in snn.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [ONE, EACH], ids=["one threshold", "per channel"])
+def test_of_a_vgg_convolutions_and_comparisons_remain(options):
+    cnn = nets.build("vgg-mini", classes=10)
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    fused = to_spiking(cnn, images, steps=1, **options).fuse()
+    kinds = [type(module) for module in fused.children()]
+    assert set(kinds) == {nets.Normalize, nn.Conv2d, Fire, nn.AvgPool2d, nn.Flatten, nn.Linear}
+    assert all(bool((module.height == 1).all()) for module in fused.children() if isinstance(module, Fire))
+
+
+def test_torch_can_export_it():
+    cnn, images = build("vgg")
+    fused = to_spiking(cnn, images, steps=1, **ONE).fuse()
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(fused, (images,), dynamic_shapes=({0: batch},))
+    for number in (1, len(images)):
+        torch.testing.assert_close(exported.module()(images[:number]), fused(images[:number]))
