@@ -21,6 +21,7 @@ from torch import Tensor
 
 from unitstep import data
 from unitstep.data import InMemory, Split, Streamed, load_test, load_train, mix
+from unitstep.pictures import decode
 
 Batches = list[tuple[Tensor, Tensor]]
 SMALL: dict[str, Any] = {"size": 8, "channels": 3}
@@ -346,7 +347,7 @@ def pixel(image: Image.Image, channels: int, kind: str = "PNG", **options: Any) 
     """The first pixel after encoding and decoding."""
     out = io.BytesIO()
     image.save(out, kind, **options)
-    decoded = data._decode({"bytes": out.getvalue(), "path": None}, channels)
+    decoded = decode(out.getvalue(), channels)
     assert decoded.mode == ("L" if channels == 1 else "RGB")
     return [int(value) for value in np.asarray(decoded).reshape(-1, channels)[0]]
 

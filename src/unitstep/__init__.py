@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "neuron": ("LIF",),
+    "exporting": ("to_onnx", "Parity"),
     "conversion": ("Spiking", "Report", "ConversionError"),
     "calibration": ("to_spiking", "record"),
     "recipes": ("Recipe", "Stage", "RECIPES", "recipe"),
@@ -19,13 +20,14 @@ _WHERE = {
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [  # the public API
     "LIF", "to_spiking", "Spiking", "Report", "ConversionError", "record", "Recipe", "Stage", "RECIPES", "recipe",
-    "train", "Run", "load", "pretrained", "Measurement", "measure", "measure_run",
+    "train", "Run", "load", "pretrained", "to_onnx", "Parity", "Measurement", "measure", "measure_run",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from unitstep.calibration import record, to_spiking
     from unitstep.compact import pretrained
     from unitstep.conversion import ConversionError, Report, Spiking
+    from unitstep.exporting import Parity, to_onnx
     from unitstep.ladder import train
     from unitstep.measurement import Measurement, measure, measure_run
     from unitstep.neuron import LIF

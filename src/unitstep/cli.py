@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from unitstep.exporting import Parity
     from unitstep.ladder import Progress
 
 USAGE = """\
@@ -31,6 +32,9 @@ usage: unitstep VERB …      (unitstep VERB --help tells more)
   train --from RUN              go on with a run: the spiking stages of your own CNN, or a stopped run
   pack IMAGES --out FOLDER      decode a data set once, into a few tensor files that train and measure take as --data
   measure RUN                   evaluate every stage of a run once on the test images
+  export RUN --out FILE.onnx    write a run's network for ordinary runtimes, and prove that it is the same network
+  predict IMAGES --model FILE   say what an exported network sees in image files
+  bench deploy                  time a one-timestep network in ordinary runtimes against CNNs and other libraries
 """
 
 
@@ -39,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     verbs: dict[str, Callable[[list[str]], int]] = {
         "recipes": _recipes, "train": _train, "convert": _convert, "pack": _pack, "measure": _measure,
+        "export": _export, "predict": _predict, "bench": _bench,
     }  # fmt: skip
     if verb in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -310,6 +315,158 @@ def _measure(arguments: list[str]) -> int:
         return 0
 
     return tyro.cli(measure, prog="unitstep measure", args=arguments)
+
+
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    def export(
+        run: Annotated[Path, tyro.conf.Positional],
+        out: Path,
+        form: Literal["auto", "int8", "float"] = "auto",
+        steps: int = 1,
+        images: int = 1000,
+        data: str | None = None,
+        threads: int | None = None,
+    ) -> int:
+        """Write the network of one stage of a run as an ONNX file, run that file on validation images, and print how it
+        differs from the network. A file that is not the network is not written.
+
+        Args:
+            run: Folder of the run.
+            out: The file, overwritten if it is there.
+            form: int8 is integer arithmetic from the pixels to the last spikes, for one timestep; float is for any
+                number of timesteps; auto is int8 for one timestep.
+            steps: Timesteps of the stage.
+            images: Validation images on which the file and the network are compared.
+            data: Where the images are, if no longer where the run's recipe says.
+            threads: CPU threads to use; None: all cores.
+        """
+        from importlib.metadata import version
+
+        import torch
+
+        from unitstep.data import load_train
+        from unitstep.exporting import to_onnx
+        from unitstep.runs import Run, load
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if images < 1:
+            raise ValueError(f"--images must be 1 or more, not {images}")
+        trained = Run(run)
+        snn, r = load(trained, steps), trained.recipe
+        _, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment)
+        shown, labels = next(val.batches(images))
+        about = {
+            "recipe": r.to_dict(),
+            "classes": list(val.classes),
+            "short": val.short,
+            "version": version("unitstep"),
+        }
+        chosen = None if form == "auto" else form
+        parity = to_onnx(snn, out, shown, labels, steps=steps, form=chosen, about=about)
+        _console().print(_parity_table(parity))
+        against = " with its weights rounded to 8 bits" if parity.form == "int8" else ""
+        sys.stdout.write(
+            f"{parity.images} validation images in ONNX Runtime. Spikes and logits are compared with the network"
+            f"{against}; largest difference of a logit {parity.logits:.2g}\n"
+            f"accuracy: the network {parity.accuracy:.2f} %, the file {parity.file_accuracy:.2f} %; "
+            f"other predictions: {parity.changed}\n"
+        )
+        for name, why in parity.in_float.items():
+            sys.stdout.write(f"{name} stays in floating point: {why}\n")
+        if (lost := (parity.accuracy or 0) - (parity.file_accuracy or 0)) > 0.3:
+            _say(f"8-bit weights cost {lost:.2f} points here; --form float costs none")
+        _say(f"{out}: {parity.form}, {out.stat().st_size / 1e6:.2f} MB")
+        return 0
+
+    return tyro.cli(export, prog="unitstep export", args=arguments)
+
+
+def _parity_table(parity: "Parity") -> "Table":
+    from rich.table import Column, Table
+
+    table = Table("layer", Column("neurons", justify="right"), Column("spikes that differ", justify="right"), box=None)
+    for layer in parity.layers:
+        total = layer.neurons * parity.images * parity.steps
+        table.add_row(layer.name, str(layer.neurons), f"{layer.differ} of {total}")
+    return table
+
+
+def _predict(arguments: list[str]) -> int:
+    import tyro
+
+    def predict(
+        images: Annotated[tuple[Path, ...], tyro.conf.Positional],
+        model: Path,
+        runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+        top: int = 3,
+        json: bool = False,
+        threads: int | None = None,
+    ) -> int:
+        """Say what an exported network sees in image files: classes and their probabilities.
+
+        Args:
+            images: Image files, and folders of them.
+            model: File that unitstep export wrote.
+            runtime: What runs it.
+            top: How many classes to show.
+            json: Print one JSON object per image instead of a table.
+            threads: CPU threads to use; None: the runtime's own choice.
+        """
+        from json import dumps
+
+        from rich import progress
+
+        from unitstep import predicting
+        from unitstep.running import open_model
+
+        if not images:
+            raise ValueError("give image files or folders: unitstep predict photo.jpg --model model.onnx")
+        network, paths = open_model(model, runtime, threads=threads), predicting.images_in(images)
+        width, failed = max(len(str(path)) for path in paths), 0
+        found = predicting.predict(paths, network, top=top)
+        shown = len(paths) > predicting.BATCH and sys.stderr.isatty() and not sys.stdout.isatty()
+        from rich.console import Console
+
+        for answer in progress.track(found, "", len(paths), disable=not shown, console=Console(stderr=True)):
+            if answer.error is not None:
+                failed += 1
+                _say(f"unitstep: {answer.path} was left out: {answer.error}")
+            elif json:
+                sys.stdout.write(dumps({"path": str(answer.path), "classes": dict(answer.classes)}) + "\n")
+            else:
+                likely = "  ".join(f"{name} {100 * share:.1f} %" for name, share in answer.classes)
+                sys.stdout.write(f"{answer.path!s:{width}}  {likely}\n")
+        return 1 if failed else 0
+
+    return tyro.cli(predict, prog="unitstep predict", args=arguments)
+
+
+def _bench(arguments: list[str]) -> int:
+    import tyro
+
+    def deploy(out: Path | None = None) -> int:
+        """Time the one-timestep network as it is exported against the CNN it came from and against other libraries, in
+        one interleaved run of about ten minutes. Nothing else should run meanwhile.
+
+        Args:
+            out: JSON file for the record.
+        """
+        from unitstep import benching
+        from unitstep.files import write_json
+
+        record = benching.bench_deploy(progress=_say)
+        if out is not None:
+            write_json(out, record)
+        sys.stdout.write(benching.table(record))
+        return 0
+
+    if not arguments or arguments[0] != "deploy":
+        _say("usage: unitstep bench deploy [--out RECORD.json]")
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    return tyro.cli(deploy, prog="unitstep bench deploy", args=arguments[1:])
 
 
 def _stage_table(result: dict[str, Any]) -> "Table":

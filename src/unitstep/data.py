@@ -8,7 +8,6 @@ one is decoded on the way by worker processes (`Streamed`). Batches are a pure f
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import math
 import os
@@ -24,12 +23,12 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from unitstep import packed
+from unitstep.pictures import Box, centre_box, decode, resized
 
 AUGMENTATIONS = ("none", "flip", "crop-flip", "resized-crop-flip")
 BORDERS = ("mean", "mirror")
@@ -147,12 +146,14 @@ class Split(ABC):
     """The labelled images of one split, and how batches of them are made. Abstract: `InMemory` or `Streamed`.
 
     `classes`: names, K ≥ 2; `labels`: int64 [N], 0 ≤ label < K; `shape`: (C, H, W) of a batch's images;
+    `short`: pixels that an image's shorter side is resized to before the centre is cut out for evaluation;
     `skipped`: the unreadable images that were left out (not counted in N), by path or by split and row.
     """
 
     classes: tuple[str, ...]
     labels: Tensor
     shape: tuple[int, int, int]
+    short: int
     skipped: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -241,6 +242,7 @@ class InMemory(Split):
             raise ValueError(f"labels must be {len(images)} integers, not {labels.dtype} {list(labels.shape)}")
         self.images, self.labels, self.classes = images, labels.long(), tuple(classes)
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.short = images.shape[3]
         self.fill = round(images.cpu().numpy().mean(dtype=np.float64)) if fill is None else fill
         self.skipped = tuple(skipped)
         _check_classes(self.classes, "these images")
@@ -295,6 +297,7 @@ class Streamed(Split):
     ) -> None:
         self.labels, self.classes, self.skipped = labels, classes, skipped
         self.shape = (reader.channels, reader.size, reader.size)
+        self.short = reader.short
         self._reader, self._rows, self._workers, self._device = reader, rows, workers, torch.device(device)
 
     def to(self, device: torch.device | str) -> Streamed:
@@ -663,15 +666,15 @@ class _Reader(Dataset[tuple[Tensor, dict[int, _Fault]]]):
 
     def _pixels(self, value: Any, row: int, job: _Job) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """uint8 [H, W, C] of one image, resized and augmented."""
-        image = _decode(value, self.channels)
-        box, flip = _centre_box(image.width, image.height, self.size / self.short), False
+        image = decode(value["path"] if value["bytes"] is None else value["bytes"], self.channels)
+        box, flip = centre_box(image.width, image.height, self.size / self.short), False
         if job.seed is not None and job.augment != "none":
             draws = iter(torch.rand(23, generator=_generator(job.seed, row)).tolist())
             flip = next(draws) < 0.5
             if job.augment != "flip":
                 box = _random_box(image.width, image.height, draws)
-        pixels = np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
-        return (pixels[:, ::-1] if flip else pixels).reshape(self.size, self.size, self.channels)
+        pixels = resized(image, self.size, box)
+        return pixels[:, ::-1] if flip else pixels
 
 
 def _decode_all(
@@ -701,31 +704,7 @@ def _unreadable(faults: Mapping[int, _Fault]) -> ValueError:
     return ValueError(f"unreadable image: {name} ({why}). {way_out}")
 
 
-def _decode(value: Any, channels: int) -> Image.Image:
-    """The image in a Hugging Face image struct {bytes, path}, upright, in mode L (1 channel) or RGB (3)."""
-    with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as opened:
-        image: Image.Image = opened
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no agreed range: save it with 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16 bits
-            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("L" if channels == 1 else "RGB")
-
-
-_Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-
-
-def _centre_box(width: int, height: int, part: float) -> _Box:
-    """The centred square whose side is `part` of the shorter side."""
-    side = min(width, height) * part
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-def _random_box(width: int, height: int, draws: Iterator[float]) -> _Box:
+def _random_box(width: int, height: int, draws: Iterator[float]) -> Box:
     """A box of 8–100 % of the area and aspect ratio 3/4–4/3, from 2 draws for its place and 2 for each try at its size;
     if none of the tries fits, the largest one allowed."""
     across, down = next(draws), next(draws)

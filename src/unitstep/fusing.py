@@ -44,7 +44,7 @@ class Fire(nn.Module):
         if self.steps == 1:
             fired = current > V
         else:
-            over_time = current.unflatten(0, (self.rows, len(current) // self.rows))
+            over_time = current.unflatten(0, (self.rows, current.shape[0] // self.rows))
             left = (self.initial * V).expand_as(over_time[0]) if self.initial else None
             fired = torch.cat([fires for _, _, fires in membranes(over_time, V, self.leak, self.steps, left)])
         return fired.to(current.dtype) * per_channel(self.height, current.dim()).to(current.dtype)

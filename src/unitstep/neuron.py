@@ -324,5 +324,5 @@ def repeat(x: Tensor, steps: int) -> Tensor:
 def read_out(x: Tensor, steps: int, readout: str) -> Tensor:
     """[T·B, classes] → [B, classes]: what a neuron without leak and without threshold has integrated, or its mean per
     step."""
-    over_time: Tensor = x.unflatten(0, (steps, len(x) // steps))
+    over_time: Tensor = x.unflatten(0, (steps, x.shape[0] // steps))
     return over_time.sum(0) if readout == "sum" else over_time.mean(0)

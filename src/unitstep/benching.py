@@ -1,0 +1,258 @@
+"""How fast a one-timestep network runs, against the CNN that it came from and against other libraries: everything in
+one interleaved run, since figures from different runs do not compare. Knows nothing of training or accuracy.
+
+The network is VGG16's thirteen convolutions with batch norm and one linear layer, for 32×32 pixels, with random
+weights: what it computes does not matter to the clock. All take raw uint8 images and return logits.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from onnxruntime import quantization
+from torch import Tensor, nn
+
+from unitstep import nets
+from unitstep.calibration import to_spiking
+from unitstep.exporting import to_onnx
+from unitstep.running import open_model
+from unitstep.runs import machine
+
+NET, CLASSES, SIZE = "vgg16-conv", 10, 32
+BATCHES, ROUNDS, SECONDS = (1, 64), 5, 0.5  # images at a time; rounds over all; seconds for each in a round
+LIBRARIES = ("torch", "onnx", "onnxruntime", "openvino", "snntorch", "spikingjelly", "unitstep")
+UNITSTEP, CNN = "unitstep T=1 int8", "CNN"
+
+Call = Callable[[Tensor], Any]
+
+
+@dataclass
+class Speed:
+    """Images per second of one contender, in each round."""
+
+    name: str
+    batch: int
+    threads: int
+    rounds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+
+def bench_deploy(*, threads: tuple[int, ...] = (2, 1), progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Run all contenders on the processor, and return the record: speeds, file sizes, seconds of the export, versions,
+    machine. ValueError if a library that takes part is not installed."""
+    tell = progress or (lambda _: None)
+    versions = dict(_versions())
+    torch.manual_seed(0)
+    images = torch.randint(256, (max(BATCHES), 3, SIZE, SIZE), dtype=torch.uint8)
+    cnn = nets.build(NET, classes=CLASSES)
+    with torch.no_grad():
+        cnn.train()(images)  # statistics for the batch norms
+    cnn.eval().requires_grad_(False)
+    speeds: list[Speed] = []
+    with tempfile.TemporaryDirectory() as folder:
+        tell("export")
+        files = _Files(cnn, images, Path(folder))
+        for count in threads:
+            for batch in BATCHES:
+                tell(f"batch {batch}, {count} threads")
+                speeds += _race(files, cnn, images[:batch], count)
+        sizes = {path.name: path.stat().st_size for path in (files.cnn, files.cnn_int8, files.snn)}
+    rows = [asdict(speed) | {"median": speed.median} for speed in speeds]
+    return {
+        "schema": 1, "net": NET, "size": SIZE, "speeds": rows, "bytes": sizes, "export_seconds": files.seconds,
+        "cnn_parameters": sum(parameter.numel() for parameter in cnn.parameters()), "seconds_per_round": SECONDS,
+        "versions": versions, "machine": machine(),
+    }  # fmt: skip
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in LIBRARIES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError as error:
+            way = 'pip install "unitstep[bench]" and pip install --no-deps spikingjelly'
+            raise ValueError(f"{name} takes part but is not installed: {way}") from error
+
+
+class _Files:
+    """The networks as ONNX files."""
+
+    def __init__(self, cnn: nn.Module, images: Tensor, folder: Path) -> None:
+        self.cnn, self.cnn_int8, self.snn = (folder / f"{name}.onnx" for name in ("cnn", "cnn-int8", "snn-int8"))
+        dynamic = ({0: torch.export.Dim("N", min=1)},)
+        torch.onnx.export(
+            cnn, (images[:2],), self.cnn, dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False
+        )
+        quantization.quantize_static(
+            self.cnn, self.cnn_int8, _Reader(self.cnn, images), per_channel=True,
+            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+        )  # fmt: skip
+        snn = to_spiking(cnn, images, steps=1, percentile=90)
+        started = time.perf_counter()
+        to_onnx(snn, self.snn, images.repeat(16, 1, 1, 1)[:1000])
+        self.seconds = time.perf_counter() - started
+
+
+class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, path: Path, images: Tensor) -> None:
+        name = onnxruntime.InferenceSession(str(path)).get_inputs()[0].name
+        self.batches = iter([{name: images.numpy()}])
+
+    def get_next(self) -> Any:
+        return next(self.batches, None)
+
+
+def _race(files: _Files, cnn: nn.Module, images: Tensor, threads: int) -> list[Speed]:
+    """All contenders at one batch size and number of threads, one after the other in each round."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            contenders = dict(_contenders(files, cnn, threads))
+            speeds = {name: Speed(name, len(images), threads) for name in contenders}
+            for call in contenders.values():
+                call(images)  # compiles, allocates
+                call(images)
+            for _ in range(ROUNDS):
+                for name, call in contenders.items():
+                    calls, started = 0, time.perf_counter()
+                    while (spent := time.perf_counter() - started) < SECONDS or calls == 0:
+                        call(images)
+                        calls += 1
+                    speeds[name].rounds.append(calls * len(images) / spent)
+    finally:
+        torch.set_num_threads(before)
+    return list(speeds.values())
+
+
+def _contenders(files: _Files, cnn: nn.Module, threads: int) -> Iterator[tuple[str, Call]]:
+    last = cnn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def bf16(images: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return last(images)  # type: ignore[no-any-return]
+
+    yield f"{CNN} PyTorch fp32", last
+    yield f"{CNN} PyTorch bf16", bf16
+    yield f"{CNN} torch.compile fp32", torch.compile(last)
+    yield f"{CNN} ONNX Runtime fp32", _plain_onnxruntime(files.cnn, threads)
+    yield f"{CNN} ONNX Runtime int8", _plain_onnxruntime(files.cnn_int8, threads)
+    yield f"{CNN} OpenVINO", _plain_openvino(files.cnn, threads)
+    yield f"{CNN} OpenVINO int8", _plain_openvino(files.cnn_int8, threads)
+    for steps in (1, 5):
+        yield f"SpikingJelly T={steps}", _spikingjelly(steps)
+        yield f"snnTorch T={steps}", _snntorch(steps)
+    for runtime, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        model = open_model(files.snn, runtime, threads=threads)  # type: ignore[arg-type]
+        yield f"{UNITSTEP} {title}", lambda images, model=model: model(images.numpy())
+
+
+def _plain_onnxruntime(path: Path, threads: int) -> Call:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images.numpy()})
+
+
+def _plain_openvino(path: Path, threads: int) -> Call:
+    import openvino
+
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
+    return lambda images: compiled(images.numpy())
+
+
+def _layers(convolution: Any, norm: Any, neuron: Callable[[], Any], pool: Any, flatten: Any, linear: Any) -> list[Any]:
+    """The same network of another library's layers."""
+    layers: list[Any] = []
+    channels = 3
+    for width in nets.PLANS[NET][0]:
+        if width == "P":
+            layers.append(pool(2))
+            continue
+        layers += [convolution(channels, width, 3, padding=1, bias=False), norm(width), neuron()]
+        channels = width
+    return [*layers, flatten(), linear(channels, CLASSES, bias=False)]
+
+
+def _spikingjelly(steps: int) -> Call:
+    from spikingjelly.activation_based import functional, layer, neuron
+
+    parts = (
+        layer.Conv2d,
+        layer.BatchNorm2d,
+        lambda: neuron.IFNode(v_reset=None),
+        layer.AvgPool2d,
+        layer.Flatten,
+        layer.Linear,
+    )
+    net = nn.Sequential(*_layers(*parts)).eval()
+    functional.set_step_mode(net, "m")
+    normalize = nets.Normalize((121,), (1 / 64,))
+
+    def call(images: Tensor) -> Tensor:
+        functional.reset_net(net)
+        logits: Tensor = net(normalize(images).expand(steps, *images.shape)).mean(0)
+        return logits
+
+    return call
+
+
+def _snntorch(steps: int) -> Call:
+    import snntorch
+
+    parts = (
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        lambda: snntorch.Leaky(beta=1.0, reset_mechanism="subtract"),
+        nn.AvgPool2d,
+        nn.Flatten,
+        nn.Linear,
+    )
+    layers = [part.eval() for part in _layers(*parts)]
+    normalize = nets.Normalize((121,), (1 / 64,))
+
+    def call(images: Tensor) -> Tensor:
+        given, total = normalize(images), torch.zeros(())
+        membranes = {index: part.init_leaky() for index, part in enumerate(layers) if isinstance(part, snntorch.Leaky)}
+        for _ in range(steps):
+            x = given
+            for index, part in enumerate(layers):
+                if index in membranes:
+                    x, membranes[index] = part(x, membranes[index])
+                else:
+                    x = part(x)
+            total = total + x
+        return total / steps
+
+    return call
+
+
+def ratios(record: dict[str, Any]) -> list[tuple[str, int, int, float, float]]:
+    """(contender, batch, threads, images per second, times the CNN in PyTorch fp32) for each row of a record."""
+    medians = {(row["name"], row["batch"], row["threads"]): row["median"] for row in record["speeds"]}
+    base = f"{CNN} PyTorch fp32"
+    return [(name, b, t, median, median / medians[base, b, t]) for (name, b, t), median in medians.items()]
+
+
+def table(record: dict[str, Any]) -> str:
+    """A record as Markdown: images per second, and in brackets times the CNN in PyTorch fp32, at 2 threads or the most
+    there are."""
+    found = {(name, b, t): f"{speed:,.0f} ({times:.1f}×)" for name, b, t, speed, times in ratios(record)}
+    columns = sorted({(t, b) for _, b, t in found}, reverse=True)
+    title = " | ".join(f"batch {b}, {t} thread{'s' * (t > 1)}" for t, b in columns)
+    lines = [f"| | {title} |", f"|---{'|---:' * len(columns)}|"]
+    for name in dict.fromkeys(name for name, _, _ in found):
+        lines.append(f"| {name} | {' | '.join(found[name, b, t] for t, b in columns)} |")
+    return "\n".join(lines) + "\n"

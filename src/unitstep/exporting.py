@@ -1,0 +1,204 @@
+"""A spiking network as a file for other software, and the proof that it is the same network: the file is run, and its
+spikes are compared one by one. Knows nothing of runs, training or data sets.
+"""
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from torch import Tensor, fx
+
+from unitstep.calibration import Activity, record
+from unitstep.conversion import Spiking
+from unitstep.files import write_whole
+from unitstep.fusing import Fire, module_of
+from unitstep.neuron import LIF, check_steps, membranes
+from unitstep.qdq import LOGITS, integer_model
+from unitstep.quantizing import quantize
+from unitstep.running import KEY, open_model
+
+Form = Literal["int8", "float"]
+FLOAT_OPSET = 18
+TIE = 1e-6  # how near its threshold a neuron is when rounding decides, relative to its layer's largest membrane
+BATCH = 100  # images that are compared at a time
+
+
+@dataclass
+class LayerParity:
+    """One neuron layer of a file, over all images and steps."""
+
+    name: str
+    neurons: int = 0
+    differ: int = 0
+    """Spikes that the file has and the network has not, or the other way round."""
+    unexplained: int = 0
+    """Images and steps at which they differ though no neuron was at its threshold here, nor one before differed."""
+
+
+@dataclass
+class Parity:
+    """A file in ONNX Runtime against the network that it was made of, on the same images."""
+
+    form: Form
+    steps: int
+    images: int = 0
+    layers: list[LayerParity] = field(default_factory=list)
+    """int8: against the network with its weights rounded to 8 bits."""
+    logits: float = 0.0
+    """The largest difference of a logit; int8: against the network with its weights rounded."""
+    changed: int = 0
+    """Images for which the file predicts another class than the network; int8: with its weights as they were."""
+    accuracy: float | None = None
+    file_accuracy: float | None = None
+    """Percent of the images; None without labels."""
+    in_float: dict[str, str] = field(default_factory=dict)
+    """int8: the layers that stay in floating point, and why."""
+
+
+def to_onnx(
+    snn: Spiking,
+    path: str | Path,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    steps: int = 1,
+    form: Form | None = None,
+    about: dict[str, Any] | None = None,
+) -> Parity:
+    """Write `snn` at `steps` timesteps to the ONNX file `path`: images [N, C, H, W] as the network takes them → logits
+    fp32 [N, classes], for any N.
+
+    images: real ones [B, C, H, W], on which the file is compared with the network; with labels [B], accuracies, too.
+    form: "int8", in integers from the pixels to the last spikes, for one step and uint8 images; or "float". None: int8
+    if steps is 1.  about: plain data for the file's metadata.
+
+    The file is only written if it is the network. int8: its spikes are those of the network whose weights are rounded,
+    all of them. float: a spike that differs belongs to a neuron whose membrane is at its threshold to 1e-6 of the
+    layer's largest, or follows from one. Otherwise, and if an operation has no form in ONNX, raises ValueError.
+    """
+    check_steps(steps)
+    form = form or ("int8" if steps == 1 else "float")
+    if form not in ("int8", "float"):
+        raise ValueError(f'form must be "int8" or "float", not {form!r}')
+    if form == "int8" and steps != 1:
+        raise ValueError(f"the 8-bit form is for one timestep, not {steps}: export in floating point (--form float)")
+    if form == "int8" and images.dtype != torch.uint8:
+        raise ValueError(f"the 8-bit form takes raw pixels, uint8, not {images.dtype}: export in floating point")
+    snn, images = snn.eval().cpu(), images.cpu()
+    fused = snn.fuse(steps)
+    rounded = quantize(fused, images) if form == "int8" else None
+    model = _float_model(fused, images) if rounded is None else integer_model(rounded, images.shape[1:])
+    pixels = str(images.dtype).removeprefix("torch.")
+    told = {"format": 1, "form": form, "steps": steps, "input": list(images.shape[1:]), "pixels": pixels} | (
+        about or {}
+    )
+    onnx.helper.set_model_props(model, {KEY: json.dumps(told)})
+    onnx.checker.check_model(model, full_check=True)
+    parity = _compare(model, snn, rounded, images, labels, steps)
+    if wild := [layer.name for layer in parity.layers if layer.unexplained]:
+        raise ValueError(
+            f"not written: in ONNX Runtime {len(wild)} layers spike otherwise than here, first {wild[0]}, and no "
+            "rounding explains it. Please report this network"
+        )
+    told |= {"accuracy": parity.file_accuracy, "accuracy_images": parity.images}
+    onnx.helper.set_model_props(model, {KEY: json.dumps(told)})
+    del model.graph.output[1:]
+    write_whole(Path(path), model.SerializeToString())
+    return parity
+
+
+def _float_model(fused: fx.GraphModule, images: Tensor) -> onnx.ModelProto:
+    """By PyTorch's exporter. Outputs: the logits, then the spikes of each neuron layer."""
+    graph = fx.Graph()
+    end = graph.graph_copy(fused.graph, {})
+    fires = [node for node in graph.nodes if isinstance(module_of(fused, node), Fire)]
+    graph.output((end, *fires))
+    names = [LOGITS, *(node.name for node in fires)]
+    given = images[:2]
+    batch = torch.export.Dim("N", min=1)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own
+        try:
+            exported = torch.export.export(fx.GraphModule(fused, graph), (given,), dynamic_shapes=({0: batch},))
+            program = torch.onnx.export(
+                exported, dynamo=True, opset_version=FLOAT_OPSET, input_names=["images"], output_names=names,
+                verbose=False,
+            )  # fmt: skip
+        except Exception as error:  # of many kinds
+            reason = str(error).strip().splitlines()[0][:300]
+            raise ValueError(f"PyTorch cannot export this network to ONNX: {reason}") from error
+    assert program is not None
+    return program.model_proto
+
+
+def _compare(
+    model: onnx.ModelProto,
+    snn: Spiking,
+    rounded: fx.GraphModule | None,
+    images: Tensor,
+    labels: Tensor | None,
+    steps: int,
+) -> Parity:
+    """Run `model`, whose outputs are logits and spikes, beside `snn` and, for integers, beside its `rounded` form."""
+    run = open_model(model.SerializeToString())
+    layers = [LayerParity(output.name) for output in model.graph.output[1:]]
+    parity = Parity("float" if rounded is None else "int8", steps, len(images), layers)
+    right = file_right = 0
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        logits, *given = map(torch.from_numpy, run(batch.numpy()))
+        with torch.no_grad(), record(snn) as seen:
+            expected = wanted = snn(batch, steps)
+        spikes = {name: layer.spikes for name, layer in seen.items()}
+        if rounded is not None:
+            wanted, spikes = _spikes(rounded, batch)
+        before = torch.zeros(steps, len(batch), dtype=torch.bool)  # whether a neuron of an earlier layer differed
+        for layer, got in zip(layers, given, strict=True):
+            differ = ((got > 0).unflatten(0, (steps, -1)) != spikes[layer.name]).flatten(2)
+            wild = differ if rounded is not None else differ & ~_at_threshold(snn.lifs[layer.name], seen[layer.name])
+            since = differ.any(2).cummax(0).values
+            earlier = before | torch.cat([torch.zeros_like(since[:1]), since[:-1]])  # or a step earlier
+            layer.neurons, layer.differ = differ.shape[2], layer.differ + int(differ.sum())
+            layer.unexplained += int((wild.any(2) & ~earlier).sum())
+            before |= since
+        parity.logits = max(parity.logits, (logits - wanted).abs().max().item())
+        parity.changed += int((logits.argmax(1) != expected.argmax(1)).sum())
+        if labels is not None:
+            right += int((expected.argmax(1) == labels[start : start + BATCH]).sum())
+            file_right += int((logits.argmax(1) == labels[start : start + BATCH]).sum())
+    if labels is not None:
+        parity.accuracy, parity.file_accuracy = 100 * right / len(images), 100 * file_right / len(images)
+    if rounded is not None:
+        parity.in_float = {node.name: node.meta["float"] for node in rounded.graph.nodes if "float" in node.meta}
+    return parity
+
+
+def _spikes(rounded: fx.GraphModule, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the spikes [1, B, …] of each neuron layer."""
+    seen: dict[str, Tensor] = {}
+    layers = [(name, module) for name, module in rounded.named_modules() if isinstance(module, Fire)]
+    hooks = [
+        module.register_forward_hook(lambda _module, _args, out, name=name: seen.update({name: (out != 0)[None]}))
+        for name, module in layers
+    ]
+    try:
+        return rounded(images), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _at_threshold(lif: LIF, layer: Activity) -> Tensor:
+    """bool [T, B, n]: whether rounding decided if a neuron fires."""
+    current, steps = layer.current, len(layer.spikes)
+    V = lif.threshold.detach().view(-1, *[1] * (current.dim() - 3)) if lif.threshold.dim() else lif.threshold.detach()
+    left = (lif.initial * V).expand_as(current[0]) if lif.initial else None
+    states = [membrane for _, membrane, _ in membranes(current, V, lif.leak.detach(), steps, left)]
+    reached = torch.stack([membrane.expand_as(layer.spikes[0]) for membrane in states])
+    return ((reached - V).abs() <= TIE * reached.abs().max()).flatten(2)

@@ -1,0 +1,229 @@
+"""A fused network at T = 1 in integers: 8-bit weights, spikes as 0 or 1, whole numbers as thresholds. Knows nothing of
+file formats.
+
+Spikes, sums of spikes, and pixels minus an integer zero point are whole numbers x. With the weights of each output
+channel rounded to W ≈ a·q, a = max|W| / (2^(bits−1) − 1), q whole, a neuron's current is a·N + b with N = Σ q·x, and::
+
+    a·N + b > θ   ⇔   N > c   ⇔   N > ⌊c⌋ + ½,    c = (θ − b) / a
+
+since N is whole. No sum can be at its threshold, so no rounding of any runtime can flip a spike.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
+
+from unitstep.fusing import CATS, Fire, Scale, argument, module_of, per_channel, scale_inputs_
+from unitstep.nets import Normalize
+
+LARGEST = 255  # of the whole numbers that 8 bits hold
+
+
+class Centre(nn.Module):
+    """Raw pixels uint8 [B, C, H, W] → pixel − zero point, whole numbers in fp32."""
+
+    def __init__(self, zero_point: int) -> None:
+        super().__init__()
+        self.zero_point = zero_point
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float() - self.zero_point
+
+
+class SumPool(nn.Module):
+    """The sum over each window of an average pool, [B, C, H, W] → [B, C, H', W']."""
+
+    def __init__(self, window: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
+        super().__init__()
+        self.window, self.stride, self.padding = window, stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.window, self.stride, self.padding, divisor_override=1)
+
+
+class Unscale(nn.Module):
+    """a·N + b for each channel (dimension 1) of whole numbers N: the current or the logits that they stand for."""
+
+    factor: Tensor
+    bias: Tensor
+
+    def __init__(self, factor: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * per_channel(self.factor, x.dim()) + per_channel(self.bias, x.dim())
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is known of a value that is whole numbers x: which it stands for, and how small and large they can get."""
+
+    unit: Tensor
+    """It stands for unit·x; a scalar, or one per channel."""
+    least: int
+    most: int
+
+
+def quantize(fused: fx.GraphModule, images: Tensor, *, bits: int = 8) -> fx.GraphModule:
+    """`fused`, which `Spiking.fuse()` made, with every layer in integers whose inputs are spikes, sums of spikes, or
+    pixels.
+
+    images: uint8 [B, C, H, W], of which only the shape matters.  bits: of a weight, 2 to 8. A copy, whose layers in
+    integers have whole numbers as weights, and neurons with a threshold at a half for each channel. Where a layer
+    cannot be in integers, `node.meta["float"]` of its operation says why; the others have `node.meta["integer"]`.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"weights can have 2 to 8 bits, not {bits}")
+    net = copy.deepcopy(fused)
+    ShapeProp(net).propagate(images[:1])  # type: ignore[no-untyped-call]
+    return _Quantization(net, 2 ** (bits - 1) - 1).run()
+
+
+@dataclass
+class _Quantization:
+    net: fx.GraphModule
+    top: int
+    """The largest weight."""
+    whole: dict[fx.Node, Whole] = field(default_factory=dict)
+
+    def run(self) -> fx.GraphModule:
+        for node in list(self.net.graph.nodes):
+            module = module_of(self.net, node)
+            if type(module) in (nn.Conv2d, nn.Linear) and self._layer(node, module):
+                continue
+            made = self._made(node, module)
+            if made is not None:
+                self.whole[node], node.meta["most"] = made, made.most
+            else:
+                self._stand_for(node)
+        self.net.delete_all_unused_submodules()
+        self.net.graph.lint()
+        self.net.recompile()
+        return self.net
+
+    def _made(self, node: fx.Node, module: nn.Module | None) -> Whole | None:
+        """The whole numbers that an operation without weights makes, if it does."""
+        if isinstance(module, Normalize):
+            return self._pixels(node, module)
+        if isinstance(module, Fire):
+            return Whole(torch.ones(()), 0, 1)
+        if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+            return self._pool(node, module)
+        return self._same(node, module)
+
+    def _stand_for(self, node: fx.Node) -> None:
+        """`node` takes real numbers: give it unit·x where it has taken x."""
+        for source in node.all_input_nodes:
+            if source in self.whole and bool((self.whole[source].unit != 1).any()):
+                name = f"{source.name}_unit"
+                self.net.add_submodule(name, Scale(self.whole[source].unit))
+                with self.net.graph.inserting_before(node):
+                    real = self.net.graph.call_module(name, (source,))
+                real.meta["tensor_meta"] = source.meta["tensor_meta"]
+                node.replace_input_with(source, real)
+
+    def _pixels(self, node: fx.Node, normalize: Normalize) -> Whole | None:
+        zero, scale = normalize.get_buffer("zero_point").flatten(), normalize.get_buffer("scale").flatten()
+        if len(zero) > 1 or zero.item() != round(zero.item()) or not 0 <= zero.item() <= LARGEST:
+            node.meta["float"] = "pixels have no zero point that is one whole number for all channels"
+            return None
+        point = round(zero.item())
+        self.net.set_submodule(str(node.target), Centre(point))
+        return Whole(scale.squeeze() if len(scale) == 1 else scale, -point, LARGEST - point)
+
+    def _layer(self, node: fx.Node, layer: Any) -> bool:
+        """Give a layer whole weights, and the neurons behind it thresholds at halves. False if it stays real."""
+        source = node.all_input_nodes[0]
+        given = self.whole.get(source)
+        if given is None:
+            node.meta["float"] = "its input is no spikes, sums of spikes, or pixels"
+        elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+            node.meta["float"] = f"its padding is {layer.padding_mode}"
+        if given is None or "float" in node.meta:
+            return False
+        scale_inputs_(layer, given.unit)
+        weight = layer.weight.detach().double()
+        node.meta["integer"] = True
+        factor = weight.flatten(1).abs().amax(1) / self.top
+        factor[factor == 0] = 1.0
+        rounded = (weight / column(factor, weight)).round()
+        bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.detach().double()
+        layer.weight, layer.bias = nn.Parameter(rounded.float(), requires_grad=False), None
+        user = next(iter(node.users), None)
+        neurons = module_of(self.net, user) if user is not None and len(node.users) == 1 else None
+        if isinstance(neurons, Fire):
+            up, down = rounded.flatten(1).clamp(min=0).sum(1), rounded.flatten(1).clamp(max=0).sum(1)
+            largest, smallest = up * given.most + down * given.least, up * given.least + down * given.most
+            below = ((neurons.threshold.double() - bias) / factor).floor()
+            neurons.threshold = (torch.minimum(torch.maximum(below, smallest - 1), largest) + 0.5).float()
+            return True
+        name = f"{node.name}_real"
+        self.net.add_submodule(name, Unscale(factor.float(), bias.float()))
+        with self.net.graph.inserting_after(node):
+            real = self.net.graph.call_module(name, (node,))
+        real.meta["tensor_meta"] = node.meta["tensor_meta"]
+        node.replace_all_uses_with(real, delete_user_cb=lambda user: user is not real)
+        if user is None or user.op != "output":
+            node.meta["float"] = "its output does not go to neurons alone"
+        return True
+
+    def _pool(self, node: fx.Node, pool: Any) -> Whole | None:
+        source = node.all_input_nodes[0]
+        given = self.whole.get(source)
+        if given is None:
+            return None
+        if isinstance(pool, nn.AdaptiveAvgPool2d):
+            if pool.output_size not in (1, (1, 1)):
+                return None
+            window = stride = tuple(source.meta["tensor_meta"].shape[2:])
+            padding = (0, 0)
+        else:
+            window, stride, padding = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
+            if pool.ceil_mode or pool.divisor_override or (padding != (0, 0) and not pool.count_include_pad):
+                return None
+        size = math.prod(window)
+        if given.most * size > LARGEST or given.least < 0:
+            return None
+        self.net.set_submodule(str(node.target), SumPool(window, stride, padding))
+        return Whole(given.unit / size, 0, given.most * size)
+
+    def _same(self, node: fx.Node, module: nn.Module | None) -> Whole | None:
+        """What hands whole numbers on, or puts them next to each other."""
+        given = [self.whole[source] for source in node.all_input_nodes if source in self.whole]
+        if node.target in CATS and argument(node, "dim", 1, 0) == 1 and len(given) == len(node.all_input_nodes):
+            shapes = [source.meta["tensor_meta"].shape for source in node.all_input_nodes]
+            if all(len(shape) == 4 for shape in shapes):
+                unit = torch.cat([each.unit.expand(shape[1]) for each, shape in zip(given, shapes, strict=True)])
+                unit = unit[0] if bool((unit == unit[0]).all()) else unit
+                return Whole(unit, min(each.least for each in given), max(each.most for each in given))
+        if len(given) != 1 or not (isinstance(module, nn.MaxPool2d) or flattens(node, module)):
+            return None
+        if given[0].unit.dim() and flattens(node, module):  # C·k features, which a linear layer takes as such
+            return given[0] if all(isinstance(module_of(self.net, user), nn.Linear) for user in node.users) else None
+        return given[0]
+
+
+def flattens(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation is [B, C, …] → [B, features]."""
+    if isinstance(module, nn.Flatten):
+        return bool(module.start_dim == 1 and module.end_dim == -1)
+    called = node.target in (torch.flatten, "flatten", torch.reshape, "reshape", "view") and module is None
+    return called and len(node.meta["tensor_meta"].shape) == 2
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """What torch takes for both dimensions, or for each."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """[O] → [O, 1, …] with as many dimensions as `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,91 @@
+"""What an exported network sees in image files, without torch."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unitstep import pretrained
+from unitstep.cli import main
+from unitstep.data import load_test
+from unitstep.exporting import to_onnx
+from unitstep.predicting import images_in, predict
+from unitstep.running import open_model
+
+NAMES = [f"class {number}" for number in range(10)]
+
+
+@pytest.fixture(scope="module")
+def test_images():
+    return load_test("fashion-mini", size=28, channels=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, test_images):
+    path = tmp_path_factory.mktemp("model") / "fashion.onnx"
+    to_onnx(pretrained("fashion-mini-t1"), path, test_images.images[:20], about={"classes": NAMES, "short": 28})
+    return path
+
+
+def test_an_image_file_is_seen_as_the_data_set_sees_it(model, test_images, tmp_path):
+    for number in range(40):  # more than a batch
+        Image.fromarray(test_images.images[number, 0].numpy()).save(tmp_path / f"{number:02}.png")
+    found = list(predict(images_in([tmp_path]), open_model(model), top=2))
+    logits = torch.from_numpy(open_model(model)(test_images.images[:40].numpy())[0]).double()
+    for answer, row in zip(found, logits.softmax(1), strict=True):
+        shares, order = row.sort(descending=True)
+        assert [name for name, _ in answer.classes] == [NAMES[i] for i in order[:2]]
+        np.testing.assert_allclose([share for _, share in answer.classes], shares[:2])
+
+
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (300, 200)), ("RGBA", (28, 28)), ("P", (5, 90)), ("L", (1, 1))])
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_any_size_and_mode_is_taken(model, mode, size, suffix, tmp_path):
+    Image.new(mode, size).save(tmp_path / f"a.{suffix}")
+    (answer,) = predict(images_in([tmp_path]), open_model(model))
+    assert len(answer.classes) == 5
+
+
+def test_a_broken_image_is_named_and_left_out(model, tmp_path, capsys):
+    Image.new("L", (40, 40), 200).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    (tmp_path / "notes.txt").write_text("not meant")
+    assert main(["predict", str(tmp_path), "--model", str(model), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert [json.loads(line)["path"] for line in printed.out.splitlines()] == [str(tmp_path / "good.png")]
+    assert "bad.png was left out: " in printed.err
+
+
+def test_a_huge_image_is_left_out(model, tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    (answer,) = predict(images_in([tmp_path]), open_model(model))
+    assert "DecompressionBomb" in answer.error
+
+
+def test_mistakes_are_told(model, tmp_path, capsys):
+    Image.new("L", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([str(tmp_path / "b.png"), "--model", str(model)], "b.png is not there"),
+        ([str(tmp_path / "empty"), "--model", str(model)], "has no images"),
+        ([str(tmp_path / "a.png"), "--model", str(tmp_path / "a.png")], "damaged or is no ONNX file"),
+        (["--model", str(model)], "give image files or folders"),
+    ):
+        assert main(["predict", *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_prediction_needs_no_torch(model, tmp_path):
+    Image.new("L", (40, 40)).save(tmp_path / "a.png")
+    code = (
+        "import sys; from unitstep.cli import main; "
+        f"assert main(['predict', {str(tmp_path)!r}, '--model', {str(model)!r}]) == 0; "
+        "print({name.split('.')[0] for name in sys.modules} & {'torch', 'datasets', 'safetensors'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert done.stdout.startswith(str(tmp_path / "a.png"))
