@@ -27,7 +27,7 @@ from unitstep.files import write_json
 from unitstep.ladder import calibration_images, train
 from unitstep.measurement import wilson
 from unitstep.neuron import compiled
-from unitstep.recipes import Recipe, Stage, recipe_from_dict
+from unitstep.recipes import Recipe, Stage, recipe_from_dict, without_folder
 from unitstep.runs import Run, provenance
 
 HERE = Path(__file__).parent
@@ -93,7 +93,7 @@ def measure(run: Run, images: int, rate_images: int, bf16: bool) -> dict[str, An
     cnn: Any = run.net(0)
     cnn = cnn.to(memory_format=torch.channels_last)
     found: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    about = replace(r, data=Path(r.data).name)
+    about = without_folder(r)
     if found and (recipe_from_dict(found["recipe"]) != about or found["images"] != images):
         raise ValueError(f"{RECORD} is of another run or number of images: move it away")
     with torch.no_grad():

@@ -2,15 +2,19 @@
 
     python -m benchmarks.model NAME RUN
 
-RUN is a measured run that ends at T = 1. Its last stage is written with 8-bit weights to
-src/unitstep/models/NAME.safetensors, and evaluated in that form on the run's test images; the card is NAME.md there.
+RUN is a measured run that ends at T = 1. Its last stage is written to src/unitstep/models twice, with the same 8-bit
+weights: as NAME.safetensors, and in integers as NAME-int8.onnx. That one is evaluated in ONNX Runtime on the run's test
+images; the other tells its spikes. The card is NAME.md there.
 """
 
 import argparse
 
 from unitstep.compact import MODELS, load_compact, save_compact
-from unitstep.data import load_test
-from unitstep.measurement import Measurement, measure
+from unitstep.data import load_test, load_train
+from unitstep.exporting import describe, to_onnx
+from unitstep.measurement import Measurement, measure, wilson
+from unitstep.recipes import without_folder
+from unitstep.running import open_model
 from unitstep.runs import Run
 
 CARD = """# {name}
@@ -22,28 +26,32 @@ A spiking network that needs one timestep: `unitstep.pretrained("{name}")`.
 | images | `{data}` |
 | input | uint8 [B, {channels}, {size}, {size}]; normalisation is inside |
 | output | logits [B, {classes}]: {names} |
-| accuracy | {accuracy:.2f} % of the {images:,} test images (95 %: {low:.2f}–{high:.2f}) |
+| accuracy | {accuracy:.2f} % of the {images:,} test images (95 %: {low:.2f}–{high:.2f}), in ONNX Runtime |
 | before its weights were rounded | {before:.2f} %; {val:.2f} % of the validation images, on which it was chosen |
 | spikes | {rate:.3f} per neuron and image; {spikes:,.0f} per image in {neurons:,} neurons |
 | trained | recipe `{recipe}`, network `{net}`, seed {seed}; {seconds:.0f} s on {cpu}, {threads} threads, {precision} |
 | by | commit {commit}, torch {torch} |
-| file | {bytes:,} bytes: 8-bit weights with a scale per output channel; thresholds, leaks and batch norms in fp32 |
+| `{name}-int8.onnx` | {onnx_bytes:,} bytes; integers from the pixels to the last spikes |
+| `{name}.safetensors` | {bytes:,} bytes; the same weights; thresholds, leaks and batch norms in fp32 |
 
 Limits: it knows these classes and nothing else, so any image gets one of them. Its logits are no calibrated
 probabilities. On images that were made or cut out in another way than those it was trained on, expect less.
 """
 
 
-def card(name: str, run: Run, found: Measurement) -> str:
-    """Of the network `name`, made from `run`; found: what its rounded form does on the test images."""
+def card(name: str, run: Run, found: Measurement, right: int) -> str:
+    """Of the network `name`, made from `run`; found: what its rounded form does on the test images; right: how many of
+    them the integer file gets right."""
     measured = run.measurement
     if measured is None or measured["stages"][-1]["steps"] != 1:
         raise ValueError(f"{run.path} has no measure.json that ends at T = 1: unitstep train and measure {run.path}")
     r, last, trained, classes = run.recipe, measured["stages"][-1], measured["trained"], run.stages[-1].classes
     neurons, rate = sum(layer.neurons for layer in found.layers), found.spikes_per_neuron or 0.0
     return CARD.format(
-        name=name, data=r.data, channels=r.channels, size=r.size, classes=len(classes), names=", ".join(classes),
-        accuracy=found.accuracy, images=found.images, low=found.interval[0], high=found.interval[1],
+        name=name, data=without_folder(r).data, channels=r.channels, size=r.size, classes=len(classes),
+        names=", ".join(classes),
+        accuracy=100 * right / found.images, images=found.images, low=wilson(right, found.images)[0],
+        high=wilson(right, found.images)[1], onnx_bytes=(MODELS / f"{name}-int8.onnx").stat().st_size,
         before=last["test_accuracy"], val=last["val_accuracy"], rate=rate, spikes=rate * neurons, neurons=neurons,
         recipe=r.name, net=r.net, seed=r.seed, seconds=sum(stage["seconds"] for stage in measured["stages"]),
         cpu=trained["machine"]["cpu"], threads=trained["machine"]["threads"], precision=trained["precision"],
@@ -60,8 +68,14 @@ def main() -> None:
     run, path = Run(options.run), MODELS / f"{options.name}.safetensors"
     MODELS.mkdir(exist_ok=True)
     save_compact(run, path)
-    test = load_test(run.recipe.data, size=run.recipe.size, channels=run.recipe.channels, augment=run.recipe.augment)
-    text = card(options.name, run, measure(load_compact(path), test, steps=1))
+    r, net = run.recipe, load_compact(path)
+    _, val = load_train(r.data, size=r.size, channels=r.channels, augment=r.augment)
+    images, labels = next(val.batches(1000))
+    to_onnx(net, MODELS / f"{options.name}-int8.onnx", images, labels, about=describe(r, val))
+    test = load_test(r.data, size=r.size, channels=r.channels, augment=r.augment)
+    model = open_model(MODELS / f"{options.name}-int8.onnx")
+    right = sum(int((model(x.numpy())[0].argmax(1) == y.numpy()).sum()) for x, y in test.batches(500))
+    text = card(options.name, run, measure(net, test, steps=1), right)
     path.with_suffix(".md").write_text(text)
     print(text)
 

@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import re
 import subprocess
 import sys
 
@@ -27,6 +28,16 @@ def test_train_measure_and_the_errors_between(tmp_path, capsys):
     assert main(["measure", out]) == 0
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()] == ["stage", "CNN", "T=5", "T=4", "T=3", "T=2", "T=1"]
+    model = tmp_path / "model.onnx"
+    assert main(["export", out, "--out", str(model), "--images", "50", "--threads", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "50 validation images in ONNX Runtime" in printed.out
+    assert len(re.findall(r"relu\d +\d+ +0 of \d+", printed.out)) == 4
+    assert f"{model}: int8" in printed.err
+    assert main(["export", out, "--out", str(model), "--images", "50", "--steps", "2", "--threads", "1"]) == 0
+    assert f"{model}: float" in capsys.readouterr().err
+    assert main(["export", out, "--out", str(model), "--steps", "7"]) == 1
+    assert "no stage of 7 timesteps" in capsys.readouterr().err
     assert main([*train, "--seed", "1"]) == 1
     assert "seed: 0 → 1" in capsys.readouterr().err
 

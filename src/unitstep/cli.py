@@ -33,7 +33,7 @@ usage: unitstep VERB …      (unitstep VERB --help tells more)
   pack IMAGES --out FOLDER      decode a data set once, into a few tensor files that train and measure take as --data
   measure RUN                   evaluate every stage of a run once on the test images
   export RUN --out FILE.onnx    write a run's network for ordinary runtimes, and prove that it is the same network
-  predict IMAGES --model FILE   say what an exported network sees in image files
+  predict IMAGES                say what an exported network, or the shipped one, sees in image files
   bench deploy                  time a one-timestep network in ordinary runtimes against CNNs and other libraries
 """
 
@@ -342,12 +342,10 @@ def _export(arguments: list[str]) -> int:
             data: Where the images are, if no longer where the run's recipe says.
             threads: CPU threads to use; None: all cores.
         """
-        from importlib.metadata import version
-
         import torch
 
         from unitstep.data import load_train
-        from unitstep.exporting import to_onnx
+        from unitstep.exporting import describe, to_onnx
         from unitstep.runs import Run, load
 
         if threads is not None:
@@ -358,14 +356,8 @@ def _export(arguments: list[str]) -> int:
         snn, r = load(trained, steps), trained.recipe
         _, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment)
         shown, labels = next(val.batches(images))
-        about = {
-            "recipe": r.to_dict(),
-            "classes": list(val.classes),
-            "short": val.short,
-            "version": version("unitstep"),
-        }
         chosen = None if form == "auto" else form
-        parity = to_onnx(snn, out, shown, labels, steps=steps, form=chosen, about=about)
+        parity = to_onnx(snn, out, shown, labels, steps=steps, form=chosen, about=describe(r, val))
         _console().print(_parity_table(parity))
         against = " with its weights rounded to 8 bits" if parity.form == "int8" else ""
         sys.stdout.write(
@@ -399,7 +391,7 @@ def _predict(arguments: list[str]) -> int:
 
     def predict(
         images: Annotated[tuple[Path, ...], tyro.conf.Positional],
-        model: Path,
+        model: Path | None = None,
         runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
         top: int = 3,
         json: bool = False,
@@ -409,7 +401,7 @@ def _predict(arguments: list[str]) -> int:
 
         Args:
             images: Image files, and folders of them.
-            model: File that unitstep export wrote.
+            model: File that unitstep export wrote; None: the CIFAR-10 network that comes with the package.
             runtime: What runs it.
             top: How many classes to show.
             json: Print one JSON object per image instead of a table.
@@ -423,8 +415,9 @@ def _predict(arguments: list[str]) -> int:
         from unitstep.running import open_model
 
         if not images:
-            raise ValueError("give image files or folders: unitstep predict photo.jpg --model model.onnx")
-        network, paths = open_model(model, runtime, threads=threads), predicting.images_in(images)
+            raise ValueError("give image files or folders: unitstep predict photo.jpg")
+        network = open_model(model or predicting.SHIPPED, runtime, threads=threads)
+        paths = predicting.images_in(images)
         width, failed = max(len(str(path)) for path in paths), 0
         found = predicting.predict(paths, network, top=top)
         shown = len(paths) > predicting.BATCH and sys.stderr.isatty() and not sys.stdout.isatty()

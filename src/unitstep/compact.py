@@ -1,7 +1,7 @@
 """A trained spiking network as one small file: 8-bit weights, everything else in fp32. Knows nothing of training.
 
 Each matrix or kernel W is stored as int8 q with one scale a per row of its first dimension, the output channel (the
-input channel if transposed): W ≈ a·q, a = max|W| / 127. Thresholds, leaks, biases and batch norms stay as they are.
+input channel if transposed), as `unitstep.rounding` rounds. Thresholds, leaks, biases and batch norms stay as they are.
 """
 
 import json
@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from unitstep.conversion import Spiking
 from unitstep.files import write_whole
-from unitstep.recipes import recipe_from_dict
+from unitstep.recipes import recipe_from_dict, without_folder
+from unitstep.rounding import LAYERS, rounded
 from unitstep.runs import SCHEMA, Run, rebuild
 
 SCALE = ".scale"  # after a tensor's name: its scales
@@ -36,16 +37,14 @@ def save_compact(run: Run, path: str | Path) -> None:
     if finished is None or finished.stage.steps is None:
         raise ValueError(f"{run.path} has no trained spiking stage: unitstep train goes on with it")
     net, tensors = run.net(finished.index), dict[str, Tensor]()
-    weighted = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-    rounded = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, weighted)}
+    weights = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, LAYERS)}
     for name, tensor in net.state_dict().items():
-        if name not in rounded:
+        if name in weights:
+            q, unit = rounded(tensor)
+            tensors[name], tensors[name + SCALE] = q.to(torch.int8), unit.flatten()
+        else:
             tensors[name] = tensor
-            continue
-        scale = (tensor.flatten(1).abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        tensors[name + SCALE] = scale
-        tensors[name] = (tensor / _column(scale, tensor)).round().to(torch.int8)
-    about = {"schema": SCHEMA, "recipe": run.recipe.to_dict(), "steps": finished.stage.steps}
+    about = {"schema": SCHEMA, "recipe": without_folder(run.recipe).to_dict(), "steps": finished.stage.steps}
     about |= {"classes": list(finished.classes), "val_accuracy_before_rounding": finished.val_accuracy}
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_whole(Path(path), save(dense, metadata={"unitstep": json.dumps(about)}))
@@ -63,14 +62,9 @@ def load_compact(path: str | Path) -> Spiking:
         recipe, classes = recipe_from_dict(about["recipe"]), len(about["classes"])
         for name in [name for name in tensors if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors]:
             scale, of = tensors.pop(name), name.removesuffix(SCALE)
-            tensors[of] = tensors[of].float() * _column(scale, tensors[of])
+            tensors[of] = tensors[of].float() * scale.view(-1, *[1] * (tensors[of].dim() - 1))
         net = rebuild(recipe, classes, tensors, spikes=True)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise ValueError(f"{path} is damaged or is not a compact network of unitstep ({error})") from error
     assert isinstance(net, Spiking)
     return net
-
-
-def _column(scale: Tensor, like: Tensor) -> Tensor:
-    """[O] → [O, 1, …] with as many dimensions as `like`."""
-    return scale.view(-1, *[1] * (like.dim() - 1))

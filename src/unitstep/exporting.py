@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,13 @@ from torch import Tensor, fx
 
 from unitstep.calibration import Activity, record
 from unitstep.conversion import Spiking
+from unitstep.data import Split
 from unitstep.files import write_whole
 from unitstep.fusing import Fire, module_of
 from unitstep.neuron import LIF, check_steps, membranes
 from unitstep.qdq import LOGITS, integer_model
 from unitstep.quantizing import quantize
+from unitstep.recipes import Recipe, without_folder
 from unitstep.running import KEY, open_model
 
 Form = Literal["int8", "float"]
@@ -110,6 +113,13 @@ def to_onnx(
     del model.graph.output[1:]
     write_whole(Path(path), model.SerializeToString())
     return parity
+
+
+def describe(recipe: Recipe, split: Split) -> dict[str, Any]:
+    """What a file's metadata should say of a network that was trained by `recipe` on images such as those of `split`:
+    `about` for `to_onnx`."""
+    told = {"recipe": without_folder(recipe).to_dict(), "classes": list(split.classes), "short": split.short}
+    return told | {"version": version("unitstep")}
 
 
 def _float_model(fused: fx.GraphModule, images: Tensor) -> onnx.ModelProto:

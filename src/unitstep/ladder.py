@@ -30,6 +30,7 @@ from unitstep.data import Split, load_train, mix
 from unitstep.files import write_json
 from unitstep.neuron import LIF, clamp_, compiled, compiler_available
 from unitstep.recipes import Recipe, Stage
+from unitstep.rounding import round_weights_
 from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, leaf_modules, locked, open_run, rebuild
 from unitstep.whitening import plain_state, whiten_
 
@@ -287,6 +288,8 @@ class _Fit:
             images = calibration_images(run.recipe, train).to(device)
             given = () if self.stage.steps is None else (self.stage.steps,)
             whiten_(self.net, images, *given, fresh=index == 0)
+        if self.stage.weight_bits is not None:
+            round_weights_(self.net, self.stage.weight_bits)
         self.teacher = self._teacher() if self.stage.distillation else None
         self.optimizer = _optimizer(self.net, self.stage)
         if state is not None:

@@ -12,6 +12,7 @@ from unitstep.running import Model
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})  # taken from a folder
 BATCH = 32
+SHIPPED = Path(__file__).parent / "models" / "cifar10-t1-int8.onnx"  # comes with the package
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 file formats.
 
 Spikes, sums of spikes, and pixels minus an integer zero point are whole numbers x. With the weights of each output
-channel rounded to W ≈ a·q, a = max|W| / (2^(bits−1) − 1), q whole, a neuron's current is a·N + b with N = Σ q·x, and::
+channel rounded to W ≈ a·q, q whole (`unitstep.rounding`), a neuron's current is a·N + b with N = Σ q·x, and::
 
     a·N + b > θ   ⇔   N > c   ⇔   N > ⌊c⌋ + ½,    c = (θ − b) / a
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from unitstep.fusing import CATS, Fire, Scale, argument, module_of, per_channel, scale_inputs_
 from unitstep.nets import Normalize
+from unitstep.rounding import rounded
 
 LARGEST = 255  # of the whole numbers that 8 bits hold
 
@@ -84,14 +85,13 @@ def quantize(fused: fx.GraphModule, images: Tensor, *, bits: int = 8) -> fx.Grap
         raise ValueError(f"weights can have 2 to 8 bits, not {bits}")
     net = copy.deepcopy(fused)
     ShapeProp(net).propagate(images[:1])  # type: ignore[no-untyped-call]
-    return _Quantization(net, 2 ** (bits - 1) - 1).run()
+    return _Quantization(net, bits).run()
 
 
 @dataclass
 class _Quantization:
     net: fx.GraphModule
-    top: int
-    """The largest weight."""
+    bits: int
     whole: dict[fx.Node, Whole] = field(default_factory=dict)
 
     def run(self) -> fx.GraphModule:
@@ -150,17 +150,15 @@ class _Quantization:
         if given is None or "float" in node.meta:
             return False
         scale_inputs_(layer, given.unit)
-        weight = layer.weight.detach().double()
         node.meta["integer"] = True
-        factor = weight.flatten(1).abs().amax(1) / self.top
-        factor[factor == 0] = 1.0
-        rounded = (weight / column(factor, weight)).round()
+        q, unit = rounded(layer.weight.detach().double(), self.bits)
+        factor = unit.flatten()
         bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.detach().double()
-        layer.weight, layer.bias = nn.Parameter(rounded.float(), requires_grad=False), None
+        layer.weight, layer.bias = nn.Parameter(q.float(), requires_grad=False), None
         user = next(iter(node.users), None)
         neurons = module_of(self.net, user) if user is not None and len(node.users) == 1 else None
         if isinstance(neurons, Fire):
-            up, down = rounded.flatten(1).clamp(min=0).sum(1), rounded.flatten(1).clamp(max=0).sum(1)
+            up, down = q.flatten(1).clamp(min=0).sum(1), q.flatten(1).clamp(max=0).sum(1)
             largest, smallest = up * given.most + down * given.least, up * given.least + down * given.most
             below = ((neurons.threshold.double() - bias) / factor).floor()
             neurons.threshold = (torch.minimum(torch.maximum(below, smallest - 1), largest) + 0.5).float()
@@ -222,8 +220,3 @@ def flattens(node: fx.Node, module: nn.Module | None) -> bool:
 def pair(size: Any) -> tuple[int, int]:
     """What torch takes for both dimensions, or for each."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """[O] → [O, 1, …] with as many dimensions as `like`."""
-    return values.view(-1, *[1] * (like.dim() - 1))

@@ -9,6 +9,7 @@ for less hardware.
 import dataclasses
 import difflib
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Optimizer = Literal["sgd", "nesterov", "adamw", "adam-amsgrad"]
@@ -50,6 +51,9 @@ class Stage:
     """Share of the loss, 0 to 1, that asks a spiking stage for the outputs of the ladder's CNN in place of labels."""
     spike_penalty: float = 0.0
     """What one spike per neuron and image adds to a spiking stage's loss: fewer spikes for some accuracy."""
+    weight_bits: int | None = None
+    """Bits, 2 to 8, that weights are rounded to, with a scale per output channel, while the stage is trained: what is
+    exported in integers is then the network that was trained. None: they are not rounded."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -74,6 +78,8 @@ class Stage:
             raise ValueError(
                 f"spike_penalty is 0 or more, in spiking stages alone; it is {self.spike_penalty} in stage {self.name}"
             )
+        if self.weight_bits is not None and not 2 <= self.weight_bits <= 8:
+            raise ValueError(f"weight_bits is 2 to 8, or None, not {self.weight_bits}")
         if self.optimizer not in get_args(Optimizer):
             raise ValueError(f"no optimizer named {self.optimizer!r}; there are: {', '.join(get_args(Optimizer))}")
 
@@ -173,6 +179,11 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """One line per field in which two recipes differ: "stages.1.epochs: 2.0 → 3.0"."""
     a, b = _flat(ours.to_dict()), _flat(theirs.to_dict())
     return [f"{key}: {a.get(key, 'absent')} → {b.get(key, 'absent')}" for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
+def without_folder(recipe: Recipe) -> Recipe:
+    """For files that go to others: the data set by its name, not by the folder where it lies here."""
+    return replace(recipe, data=PurePath(recipe.data).name)
 
 
 def recipe(name: str, **changes: Any) -> Recipe:

@@ -76,7 +76,8 @@ def whiten_(net: nn.Module, images: Tensor, *arguments: Any, fresh: bool) -> Non
 
 
 def plain_state(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict that `net` would have without `whiten_`: with W in place of C and P."""
+    """The state dict that `net` would have without `whiten_` and other parametrizations: with the weight W that it
+    computes with, in place of what W is made of."""
     state = net.state_dict()
     for name, module in net.named_modules():
         if parametrize.is_parametrized(module):

@@ -1,0 +1,58 @@
+"""Weights in few bits: W ≈ a·q with whole q and one a for each row, which is an output channel. Knows nothing of
+spikes, recipes or files.
+
+    a = max|W| / (2^(bits−1) − 1),    q = round(W / a)
+
+A row's factor, such as a batch norm's, changes a and not q. So weights that are rounded in training, with gradients
+passed on as if they were not, are those of the integer network that is exported.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+def rounded(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """W [O, …] → (q, of W's shape and dtype, and a [O, 1, …]): whole numbers and their unit, 1 in a row of zeros.
+
+    bits: 2 to 8."""
+    unit = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True) / (2 ** (bits - 1) - 1)
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    return (weight / unit).round(), unit
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
+        q, unit = rounded(weight, bits)
+        return q * unit
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class Rounded(nn.Module):
+    """The parametrization W → a·q of a weight [O, …], with gradients passed straight through."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, weight: Tensor) -> Tensor:
+        out: Tensor = _Round.apply(weight, self.bits)  # type: ignore[no-untyped-call]
+        return out
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+def round_weights_(net: nn.Module, bits: int) -> None:
+    """Let every convolution and linear layer of `net` compute with rounded weights from now on, in training too."""
+    for module in net.modules():
+        if isinstance(module, LAYERS):
+            parametrize.register_parametrization(module, "weight", Rounded(bits))

@@ -1,0 +1,51 @@
+"""Weights in few bits, in training and after it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.small import small
+from unitstep import Stage, load, train
+from unitstep.data import load_test
+from unitstep.exporting import to_onnx
+from unitstep.rounding import rounded
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rows_become_whole_numbers_of_their_unit(bits):
+    weight = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight[2] = 0
+    q, unit = rounded(weight, bits)
+    assert torch.equal(q, q.round())
+    assert q.abs().flatten(1).amax(1).tolist() == [2 ** (bits - 1) - 1 if row != 2 else 0 for row in range(5)]
+    assert ((q * unit - weight).abs() <= unit / 2 * 1.0001).all()
+    again, _ = rounded(q * unit, bits)
+    assert torch.equal(again, q)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    recipe = small(1, whiten=True)
+    last = replace(recipe.stages[-1], weight_bits=8, epochs=0.5)
+    return train(replace(recipe, stages=(recipe.stages[0], last)), tmp_path_factory.mktemp("rounded") / "run")
+
+
+def test_a_stage_with_rounded_weights_ends_with_them(run):
+    for name, weight in load(run).state_dict().items():
+        if name.endswith("weight") and weight.dim() > 1:
+            q, unit = rounded(weight)
+            torch.testing.assert_close(q * unit, weight, rtol=1e-6, atol=0)
+            assert len(q.unique()) > 20
+
+
+def test_what_is_exported_is_the_trained_network(run, tmp_path):
+    test = load_test("fashion-mini", size=28, channels=1)
+    parity = to_onnx(load(run), tmp_path / "net.onnx", test.images, test.labels)
+    assert parity.changed == 0
+    assert parity.accuracy == parity.file_accuracy
+
+
+def test_a_number_of_bits_that_cannot_be():
+    with pytest.raises(ValueError, match="weight_bits is 2 to 8"):
+        Stage(1, 1, 1e-3, weight_bits=16)
