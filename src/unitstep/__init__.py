@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 _WHERE = {
     "neuron": ("LIF",),
     "exporting": ("to_onnx", "Parity"),
+    "neuromorphic": ("to_nir",),
     "conversion": ("Spiking", "Report", "ConversionError"),
     "calibration": ("to_spiking", "record"),
     "recipes": ("Recipe", "Stage", "RECIPES", "recipe"),
@@ -20,7 +21,7 @@ _WHERE = {
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [  # the public API
     "LIF", "to_spiking", "Spiking", "Report", "ConversionError", "record", "Recipe", "Stage", "RECIPES", "recipe",
-    "train", "Run", "load", "pretrained", "to_onnx", "Parity", "Measurement", "measure", "measure_run",
+    "train", "Run", "load", "pretrained", "to_onnx", "to_nir", "Parity", "Measurement", "measure", "measure_run",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from unitstep.exporting import Parity, to_onnx
     from unitstep.ladder import train
     from unitstep.measurement import Measurement, measure, measure_run
+    from unitstep.neuromorphic import to_nir
     from unitstep.neuron import LIF
     from unitstep.recipes import RECIPES, Recipe, Stage, recipe
     from unitstep.runs import Run, load

@@ -8,6 +8,7 @@ the same command goes on.
 import shlex
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -323,6 +324,7 @@ def _export(arguments: list[str]) -> int:
     def export(
         run: Annotated[Path, tyro.conf.Positional],
         out: Path,
+        to: Literal["onnx", "nir"] = "onnx",
         form: Literal["auto", "int8", "float"] = "auto",
         steps: int = 1,
         images: int = 1000,
@@ -330,12 +332,14 @@ def _export(arguments: list[str]) -> int:
         threads: int | None = None,
     ) -> int:
         """Write the network of one stage of a run as an ONNX file, run that file on validation images, and print how it
-        differs from the network. A file that is not the network is not written.
+        differs from the network. A file that is not the network is not written. Or write it as a NIR graph, for
+        neuromorphic software and chips.
 
         Args:
             run: Folder of the run.
             out: The file, overwritten if it is there.
-            form: int8 is integer arithmetic from the pixels to the last spikes, for one timestep; float is for any
+            to: onnx for ordinary runtimes; nir for one timestep on neuromorphic ones.
+            form: Of an ONNX file: int8 is integer arithmetic from the pixels to the last spikes, for one timestep; float is for any
                 number of timesteps; auto is int8 for one timestep.
             steps: Timesteps of the stage.
             images: Validation images on which the file and the network are compared.
@@ -356,6 +360,13 @@ def _export(arguments: list[str]) -> int:
         snn, r = load(trained, steps), trained.recipe
         _, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment)
         shown, labels = next(val.batches(images))
+        if to == "nir":
+            from unitstep.neuromorphic import to_nir
+
+            graph = to_nir(snn, out, shown, steps=steps)
+            kinds = Counter(type(node).__name__ for node in graph.nodes.values())
+            sys.stdout.write(f"{out}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}\n")
+            return 0
         chosen = None if form == "auto" else form
         parity = to_onnx(snn, out, shown, labels, steps=steps, form=chosen, about=describe(r, val))
         _console().print(_parity_table(parity))

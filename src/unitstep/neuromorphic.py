@@ -1,0 +1,148 @@
+"""A one-timestep network as a NIR graph, for neuromorphic software and chips. Knows nothing of runs, training or data
+sets.
+
+NIR, the Neuromorphic Intermediate Representation (https://neuroir.org), has integrate-and-fire neurons v ← v + r·I that
+fire at v > v_threshold and are then at v_reset. From v = 0, and for one step, that is our comparison. It has neither a
+soft reset nor a step, so with more of them it is another neuron: only T = 1 can be said in it.
+
+Other libraries read one threshold for a whole layer only, so the weights and bias of each channel are divided by its
+threshold, and all neurons fire above 1.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from unitstep.conversion import Spiking
+from unitstep.fusing import Fire, module_of
+from unitstep.nets import Normalize
+from unitstep.quantizing import flattens, pair
+
+INPUT, OUTPUT = "input", "output"
+
+
+def to_nir(snn: Spiking, path: str | Path, images: Tensor, *, steps: int = 1) -> Any:
+    """Write `snn` at one timestep to the NIR file `path`, and return the `nir.NIRGraph`.
+
+    images: [B, C, H, W] as the network takes them, of which only the shape matters. The graph's input is what comes out
+    of the network's `Normalize`, (pixel − zero point)·scale, if it begins with one; its output is the logits; its
+    neurons are named as in `snn.lifs`. Raises ValueError for more than one step, if an operation has no form in NIR,
+    naming all, and if the package nir is not installed.
+    """
+    if steps != 1:
+        raise ValueError(
+            f"NIR cannot say a network at {steps} timesteps: its neurons have no soft reset, and it has no step. At "
+            "one timestep neither matters (steps=1)"
+        )
+    try:
+        import nir
+    except ImportError as error:
+        raise ValueError('nir is not installed here: pip install "unitstep[nir]"') from error
+    net = snn.eval().cpu().fuse()
+    ShapeProp(net).propagate(images[:1].cpu())  # type: ignore[no-untyped-call]
+    writer = _Writer(net, nir)
+    graph = writer.run()
+    nir.write(str(path), graph)
+    return graph
+
+
+class _Writer:
+    def __init__(self, net: fx.GraphModule, nir: Any) -> None:
+        self.net, self.nir = net, nir
+        self.nodes: dict[str, Any] = {}
+        self.edges: list[tuple[str, str]] = []
+        self.names: dict[fx.Node, str] = {}  # of the NIR node whose output a value is
+
+    def run(self) -> Any:
+        refused = []
+        for node in self.net.graph.nodes:
+            module = module_of(self.net, node)
+            if node.op == "placeholder" or isinstance(module, Normalize):
+                self.nodes[INPUT] = self.nir.Input({"input": _shape(node)})
+                self.names[node] = INPUT
+            elif node.op == "output":
+                self._add(OUTPUT, self.nir.Output({"output": _shape(node.args[0])}), node.args[0])
+            elif node.op.startswith("call_") and not self._operation(node, module):
+                kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
+                refused.append(f"{kind} {node.name}")
+                self.names[node] = INPUT
+        if refused:
+            raise ValueError(f"NIR has no form of these operations: {', '.join(refused)}")
+        return self.nir.NIRGraph(self.nodes, self.edges, metadata={})
+
+    def _add(self, name: str, made: Any, source: fx.Node) -> None:
+        self.nodes[name] = made
+        self.edges.append((self.names[source], name))
+
+    def _operation(self, node: fx.Node, module: Any) -> bool:
+        """Write one operation; False if there is no form of it."""
+        if len(node.all_input_nodes) != 1:
+            return False
+        source = node.all_input_nodes[0]
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            return self._layer(node, module, source)
+        if isinstance(module, Fire):  # weights before it are divided by its threshold
+            if not isinstance(module_of(self.net, source), nn.Conv2d | nn.Linear) or len(source.users) > 1:
+                return False
+            self._fire(node.name, _shape(node), 1.0, source)
+        elif isinstance(module, nn.AvgPool2d):
+            if (
+                module.ceil_mode
+                or module.divisor_override
+                or (pair(module.padding) != (0, 0) and not module.count_include_pad)
+            ):
+                return False
+            self._add(node.name, self._mean(module), source)
+        elif isinstance(module, nn.MaxPool2d):  # of spikes: whether there is one
+            one = isinstance(module_of(self.net, source), Fire) and pair(module.dilation) == (1, 1)
+            if not one or module.ceil_mode or module.return_indices:
+                return False
+            self._add(f"{node.name}_mean", self._mean(module), source)
+            self.names[node] = f"{node.name}_mean"
+            self._fire(node.name, _shape(node), 0.5 / np.prod(pair(module.kernel_size)), node)
+        elif flattens(node, module):
+            # from the end, so that it means the same with and without a dimension for the batch
+            self._add(node.name, self.nir.Flatten({"input": _shape(source)}, start_dim=-len(_shape(source))), source)
+        else:
+            return False
+        self.names[node] = node.name
+        return True
+
+    def _mean(self, pool: Any) -> Any:
+        kernel, stride, padding = (np.array(pair(size)) for size in (pool.kernel_size, pool.stride, pool.padding))
+        return self.nir.AvgPool2d(kernel, stride, padding)
+
+    def _fire(self, name: str, shape: Any, threshold: float, source: fx.Node) -> None:
+        ones = np.ones(shape, np.float32)
+        self._add(name, self.nir.IF(r=ones, v_threshold=threshold * ones, v_reset=0 * ones), source)
+
+    def _layer(self, node: fx.Node, layer: Any, source: fx.Node) -> bool:
+        weight, count = layer.weight.detach(), layer.weight.shape[0]
+        bias = torch.zeros(count) if layer.bias is None else layer.bias.detach()
+        neurons = [module_of(self.net, user) for user in node.users]
+        if len(neurons) == 1 and isinstance(neurons[0], Fire):
+            threshold = neurons[0].threshold.expand(count)
+            weight, bias = weight / threshold.view(-1, *[1] * (weight.dim() - 1)), bias / threshold
+        elif any(isinstance(module, Fire) for module in neurons):
+            return False
+        arrays = {"weight": weight.numpy(), "bias": bias.numpy()}
+        if isinstance(layer, nn.Linear):
+            made = self.nir.Affine(**arrays)
+        elif layer.padding_mode != "zeros":
+            return False
+        else:
+            size = tuple(int(side) for side in _shape(source)[1:])
+            options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+            made = self.nir.Conv2d(input_shape=size, groups=layer.groups, **arrays, **options)
+        self._add(node.name, made, source)
+        self.names[node] = node.name
+        return True
+
+
+def _shape(node: fx.Node) -> "np.ndarray[Any, Any]":
+    """Of a value, for one image."""
+    return np.array(node.meta["tensor_meta"].shape[1:])
