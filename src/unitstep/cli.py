@@ -339,8 +339,8 @@ def _export(arguments: list[str]) -> int:
             run: Folder of the run.
             out: The file, overwritten if it is there.
             to: onnx for ordinary runtimes; nir for one timestep on neuromorphic ones.
-            form: Of an ONNX file: int8 is integer arithmetic from the pixels to the last spikes, for one timestep; float is for any
-                number of timesteps; auto is int8 for one timestep.
+            form: Of an ONNX file: int8 is integer arithmetic from the pixels to the last spikes, for one timestep;
+                float is for any number of timesteps; auto is int8 for one timestep.
             steps: Timesteps of the stage.
             images: Validation images on which the file and the network are compared.
             data: Where the images are, if no longer where the run's recipe says.
