@@ -31,8 +31,21 @@ def test_all_weights_are_whole_and_all_thresholds_halves(thresholds):
     assert not any("float" in node.meta for node in net.graph.nodes)
 
 
-def test_it_is_nearly_the_same_network():
+def test_fewer_bits_are_further_from_the_network():
+    fused, images = fused_vgg()
+    expected = fused(images)
+    away = [(quantize(fused, images, bits=bits)(images) - expected).norm() / expected.norm() for bits in (8, 5, 3)]
+    assert away[0] < away[1] < away[2]
+
+
+def test_of_the_first_layer_hardly_a_spike_differs():
     fused, images = fused_vgg()
     net = quantize(fused, images)
-    expected, logits = fused(images), net(images)
-    assert (logits - expected).norm() / expected.norm() < 0.2
+    first = [nn.Sequential(*list(each.children())[:3])(images) for each in (fused, net)]
+    assert (first[0] != first[1]).float().mean() < 0.005
+
+
+def test_a_number_of_bits_that_cannot_be():
+    fused, images = fused_vgg()
+    with pytest.raises(ValueError, match="2 to 8 bits, not 9"):
+        quantize(fused, images, bits=9)

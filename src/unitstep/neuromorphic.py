@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from unitstep.conversion import Spiking
-from unitstep.fusing import Fire, module_of
+from unitstep.fusing import Fire, Scale, module_of
 from unitstep.nets import Normalize
 from unitstep.quantizing import flattens, pair
 
@@ -58,9 +58,12 @@ class _Writer:
         self.names: dict[fx.Node, str] = {}  # of the NIR node whose output a value is
 
     def run(self) -> Any:
-        refused = []
+        refused, behind = [], set[fx.Node]()  # behind: what follows from an operation that is refused
         for node in self.net.graph.nodes:
             module = module_of(self.net, node)
+            if behind.intersection(node.all_input_nodes):
+                behind.add(node)
+                continue
             if node.op == "placeholder" or isinstance(module, Normalize):
                 self.nodes[INPUT] = self.nir.Input({"input": _shape(node)})
                 self.names[node] = INPUT
@@ -69,7 +72,7 @@ class _Writer:
             elif node.op.startswith("call_") and not self._operation(node, module):
                 kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
                 refused.append(f"{kind} {node.name}")
-                self.names[node] = INPUT
+                behind.add(node)
         if refused:
             raise ValueError(f"NIR has no form of these operations: {', '.join(refused)}")
         return self.nir.NIRGraph(self.nodes, self.edges, metadata={})
@@ -80,9 +83,12 @@ class _Writer:
 
     def _operation(self, node: fx.Node, module: Any) -> bool:
         """Write one operation; False if there is no form of it."""
+        source = node.all_input_nodes[0]
+        if isinstance(module, Scale):  # only where spikes meet an addition
+            self.names[node] = self.names[source]
+            return True
         if len(node.all_input_nodes) != 1:
             return False
-        source = node.all_input_nodes[0]
         if isinstance(module, nn.Conv2d | nn.Linear):
             return self._layer(node, module, source)
         if isinstance(module, Fire):  # weights before it are divided by its threshold
@@ -90,11 +96,8 @@ class _Writer:
                 return False
             self._fire(node.name, _shape(node), 1.0, source)
         elif isinstance(module, nn.AvgPool2d):
-            if (
-                module.ceil_mode
-                or module.divisor_override
-                or (pair(module.padding) != (0, 0) and not module.count_include_pad)
-            ):
+            bordered = pair(module.padding) != (0, 0) and not module.count_include_pad
+            if module.ceil_mode or module.divisor_override or bordered:
                 return False
             self._add(node.name, self._mean(module), source)
         elif isinstance(module, nn.MaxPool2d):  # of spikes: whether there is one

@@ -1,0 +1,105 @@
+"""NIR files, read and run by other libraries: the same spikes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_exporting import IMAGES, SMALL, spiking
+from tests.test_fusing import EACH, ONE
+from unitstep import nets, pretrained, record, to_nir, to_spiking
+from unitstep.data import load_test
+
+nir = pytest.importorskip("nir", reason="NIR needs nir (the nir extra)")
+
+
+def by_snntorch(path):
+    from snntorch.import_nir import import_from_nir
+
+    net = import_from_nir(nir.read(path))
+    for module in net.modules():
+        if hasattr(
+            module, "init_hidden"
+        ):  # its IF would return the membrane too
+            module.init_hidden = True
+    return net
+
+
+def by_spikingjelly(path):
+    from spikingjelly.activation_based.nir_exchange import import_from_nir
+
+    return import_from_nir(path, dt=1.0)  # it reads r·dt = 1
+
+
+PEERS = {"snntorch": by_snntorch, "spikingjelly": by_spikingjelly}
+
+
+def spikes_of(net, images, names):
+    """Logits, and by name the spikes of each neuron layer of a peer's module."""
+    seen = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            seen.setdefault(name, (output[0] if isinstance(output, tuple) else output) != 0)
+
+        return hook
+
+    hooks = [net.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    with torch.no_grad():
+        output = net(images)
+    for hook in hooks:
+        hook.remove()
+    return output[0] if isinstance(output, tuple) else output, seen
+
+
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("kind", ["shipped", "max pools", "threshold per channel"])
+def test_other_libraries_read_it_and_have_the_same_spikes(kind, peer, tmp_path):
+    images = load_test("fashion-mini", size=28, channels=1).images[:256]
+    snn = pretrained("fashion-mini-t1")
+    if kind != "shipped":
+        torch.manual_seed(0)
+        pool = "max" if kind == "max pools" else "avg"
+        cnn = nets.build("vgg-mini", classes=10, channels=1, size=28, pool=pool, zero_point=(73,))
+        snn = to_spiking(cnn, images, steps=1, **(EACH if kind == "threshold per channel" else ONE))
+    path = tmp_path / "net.nir"
+    to_nir(snn, path, images)
+    with torch.no_grad(), record(snn) as wanted:
+        expected = snn(images)
+    logits, seen = spikes_of(PEERS[peer](path), snn.get_submodule("normalize")(images), list(snn.lifs))
+    for name, layer in wanted.items():
+        assert (seen[name] != layer.spikes[0]).sum() <= 3, name  # of neurons at their thresholds
+    assert (logits.argmax(1) != expected.argmax(1)).sum() <= 1
+
+
+def test_every_architecture_is_written_or_refused_by_name(tmp_path):
+    cnn = nets.build("resnet20", classes=3, size=12)
+    with pytest.raises(ValueError, match=r"NIR has no form of these operations: add add$"):
+        to_nir(to_spiking(cnn, IMAGES, steps=1, **ONE), tmp_path / "net.nir", IMAGES)
+    odd = spiking(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.PixelShuffle(2), nn.Flatten(), nn.Linear(800, 5))
+    with pytest.raises(ValueError, match="PixelShuffle"):
+        to_nir(odd, tmp_path / "net.nir", IMAGES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_than_one_timestep_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="no soft reset"):
+        to_nir(spiking(*SMALL), tmp_path / "net.nir", IMAGES, steps=2)
+
+
+def test_it_is_made_of_the_standards_nodes(tmp_path):
+    to_nir(spiking(*SMALL), tmp_path / "net.nir", IMAGES)
+    graph = nir.read(tmp_path / "net.nir")
+    kinds = [type(node).__name__ for node in graph.nodes.values()]
+    assert sorted(kinds) == ["Affine", "AvgPool2d", "Conv2d", "Conv2d", "Flatten", "IF", "IF", "Input", "Output"]
+
+
+def test_without_nir_it_says_how_to_get_it(tmp_path):
+    code = (
+        "import sys; sys.modules['nir'] = None; import torch; from tests.test_exporting import *; "
+        "from unitstep import to_nir; to_nir(spiking(*SMALL), 'net.nir', IMAGES)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "unitstep[nir]" in done.stderr
