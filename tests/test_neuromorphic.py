@@ -20,9 +20,7 @@ def by_snntorch(path):
 
     net = import_from_nir(nir.read(path))
     for module in net.modules():
-        if hasattr(
-            module, "init_hidden"
-        ):  # its IF would return the membrane too
+        if hasattr(module, "init_hidden"):  # its IF would return the membrane too
             module.init_hidden = True
     return net
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from unitstep import nets
 from unitstep.calibration import to_spiking
 from unitstep.exporting import to_onnx
-from unitstep.running import open_model
+from unitstep.running import Model, open_model
 from unitstep.runs import machine
 
 NET, CLASSES, SIZE = "vgg16-conv", 10, 32
@@ -154,7 +154,11 @@ def _contenders(files: _Files, cnn: nn.Module, threads: int) -> Iterator[tuple[s
         yield f"snnTorch T={steps}", _snntorch(steps)
     for runtime, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
         model = open_model(files.snn, runtime, threads=threads)  # type: ignore[arg-type]
-        yield f"{UNITSTEP} {title}", lambda images, model=model: model(images.numpy())
+        yield f"{UNITSTEP} {title}", _exported(model)
+
+
+def _exported(model: Model) -> Call:
+    return lambda images: model(images.numpy())
 
 
 def _plain_onnxruntime(path: Path, threads: int) -> Call:

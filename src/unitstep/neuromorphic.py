@@ -43,7 +43,7 @@ def to_nir(snn: Spiking, path: str | Path, images: Tensor, *, steps: int = 1) ->
     except ImportError as error:
         raise ValueError('nir is not installed here: pip install "unitstep[nir]"') from error
     net = snn.eval().cpu().fuse()
-    ShapeProp(net).propagate(images[:1].cpu())  # type: ignore[no-untyped-call]
+    ShapeProp(net).propagate(images[:1].cpu())
     writer = _Writer(net, nir)
     graph = writer.run()
     nir.write(str(path), graph)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from unitstep.pictures import Pixels, centre_box, decode, resized
-from unitstep.running import Model
+from unitstep.running import Array, Model
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})  # taken from a folder
 BATCH = 32
@@ -55,7 +55,7 @@ def predict(paths: Iterable[Path], model: Model, *, top: int = 5) -> Iterator[Pr
 
     def answers() -> Iterator[Prediction]:
         good = [pixels for _, pixels in waiting if not isinstance(pixels, str)]
-        logits = iter(model(np.stack(good).transpose(0, 3, 1, 2))[0] if good else ())
+        logits: Iterator[Array] = iter(model(np.stack(good).transpose(0, 3, 1, 2))[0] if good else [])
         for path, pixels in waiting:
             if isinstance(pixels, str):
                 yield Prediction(path, error=pixels)

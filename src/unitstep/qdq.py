@@ -140,9 +140,9 @@ class _Integer:
         if node.target in (operator.add, torch.add, "add") and len(real) == 2 and "alpha" not in node.kwargs:
             return _Value(write.add("Add", real, name))
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-            gain = module.weight if module.affine else torch.ones_like(module.running_var)
-            shift = module.bias if module.affine else torch.zeros_like(module.running_mean)
-            rows = {"gain": gain, "shift": shift, "mean": module.running_mean, "var": module.running_var}
+            ones, zeros = torch.ones_like(module.get_buffer("running_var")), torch.zeros(module.num_features)
+            affine = {"gain": module.weight, "shift": module.bias} if module.affine else {"gain": ones, "shift": zeros}
+            rows = affine | {"mean": module.running_mean, "var": module.running_var}
             vectors = [write.constant(f"{name}_{key}", value) for key, value in rows.items()]
             return _Value(write.add("BatchNormalization", [real[0], *vectors], name, epsilon=module.eps))
         if isinstance(module, nn.AvgPool2d) and not module.divisor_override:

@@ -84,7 +84,7 @@ def quantize(fused: fx.GraphModule, images: Tensor, *, bits: int = 8) -> fx.Grap
     if not 2 <= bits <= 8:
         raise ValueError(f"weights can have 2 to 8 bits, not {bits}")
     net = copy.deepcopy(fused)
-    ShapeProp(net).propagate(images[:1])  # type: ignore[no-untyped-call]
+    ShapeProp(net).propagate(images[:1])
     return _Quantization(net, bits).run()
 
 

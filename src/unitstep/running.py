@@ -65,7 +65,7 @@ def _onnxruntime(content: bytes, threads: int | None) -> Run:
         options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     given = session.get_inputs()[0].name
-    return lambda images: session.run(None, {given: images})  # type: ignore[no-any-return]
+    return lambda images: session.run(None, {given: images})
 
 
 def _openvino(content: bytes, threads: int | None) -> Run:
