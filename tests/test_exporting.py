@@ -128,6 +128,35 @@ def test_the_shipped_network_in_integers_has_its_accuracy(tmp_path):
     )
 
 
+class Viewing(nn.Module):
+    """A hidden linear layer behind a reshape that reads the size of the batch, and an average of the whole image."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = nets.Normalize((121,), (1 / 64,))
+        self.convs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU())
+        self.pool, self.hidden, self.readout = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 20), nn.Linear(20, 4)
+
+    def forward(self, x):
+        x = self.pool(self.convs(self.normalize(x)))
+        return self.readout(torch.relu(self.hidden(x.view(x.size(0), -1))))
+
+
+@pytest.mark.parametrize("options", [ONE, EACH], ids=["one threshold", "per channel"])
+def test_hidden_linear_layers_are_in_integers_too(options, tmp_path):
+    torch.manual_seed(0)
+    parity = to_onnx(to_spiking(Viewing(), IMAGES, steps=1, **options), tmp_path / "net.onnx", IMAGES)
+    assert [layer.differ for layer in parity.layers] == [0, 0, 0]
+    assert parity.in_float == {}
+
+
+def test_sums_that_do_not_fit_in_32_bits_stay_in_floating_point(tmp_path):
+    wide = spiking(nn.Conv2d(3, 800, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80_000, 2), nn.ReLU(), nn.Linear(2, 2))
+    parity = to_onnx(wide, tmp_path / "net.onnx", IMAGES)
+    assert "80000 inputs" in parity.in_float["_4"]
+    assert parity.changed == 0
+
+
 def test_where_spikes_meet_an_addition_a_layer_stays_in_floating_point(tmp_path):
     cnn = nets.build("resnet20", classes=3, size=12)
     snn = to_spiking(cnn, IMAGES, steps=1, **ONE)

@@ -60,7 +60,7 @@ def test_other_libraries_read_it_and_have_the_same_spikes(kind, peer, tmp_path):
     if kind != "shipped":
         torch.manual_seed(0)
         pool = "max" if kind == "max pools" else "avg"
-        cnn = nets.build("vgg-mini", classes=10, channels=1, size=28, pool=pool, zero_point=(73,))
+        cnn = nets.build("vgg-mini", classes=10, channels=1, size=28, pool=pool, zero_point=(73,)).eval()
         snn = to_spiking(cnn, images, steps=1, **(EACH if kind == "threshold per channel" else ONE))
     path = tmp_path / "net.nir"
     to_nir(snn, path, images)

@@ -2,6 +2,7 @@
 spikes are compared one by one. Knows nothing of runs, training or data sets.
 """
 
+import copy
 import json
 import logging
 import warnings
@@ -92,7 +93,7 @@ def to_onnx(
         raise ValueError(f"the 8-bit form is for one timestep, not {steps}: export in floating point (--form float)")
     if form == "int8" and images.dtype != torch.uint8:
         raise ValueError(f"the 8-bit form takes raw pixels, uint8, not {images.dtype}: export in floating point")
-    snn, images = snn.eval().cpu(), images.cpu()
+    snn, images = copy.deepcopy(snn).eval().cpu(), images.cpu()
     fused = snn.fuse(steps)
     rounded = quantize(fused, images) if form == "int8" else None
     model = _float_model(fused, images) if rounded is None else integer_model(rounded, images.shape[1:])

@@ -134,6 +134,8 @@ def _heights_into_weights(net: fx.GraphModule) -> None:
     heights: dict[fx.Node, Tensor] = {}  # what a value must still be multiplied by: one factor, or one per channel
     for node in list(net.graph.nodes):
         module = module_of(net, node)
+        if node.meta.get("axis") == "size":  # a shape is the same at any height
+            continue
         sources = [source for source in node.all_input_nodes if source in heights]
         if isinstance(module, Fire):
             for source in sources:
@@ -152,9 +154,13 @@ def _heights_into_weights(net: fx.GraphModule) -> None:
 def _scale(net: fx.GraphModule, node: fx.Node, source: fx.Node, height: Tensor) -> None:
     """Multiply `source` by `height` where `node` takes it."""
     name = f"{source.name}_height"
-    net.add_submodule(name, Scale(height))
-    with net.graph.inserting_before(node):
-        node.replace_input_with(source, net.graph.call_module(name, (source,)))
+    scaled = next((user for user in source.users if user.target == name), None)
+    if scaled is None:
+        net.add_submodule(name, Scale(height))
+        with net.graph.inserting_after(source):
+            scaled = net.graph.call_module(name, (source,))
+        scaled.meta["axis"] = source.meta["axis"]
+    node.replace_input_with(source, scaled)
 
 
 def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from unitstep.conversion import Spiking
 from unitstep.fusing import Fire, Scale, module_of
 from unitstep.nets import Normalize
-from unitstep.quantizing import flattens, pair
+from unitstep.quantizing import flattens, pair, values
 
 INPUT, OUTPUT = "input", "output"
 
@@ -42,7 +42,7 @@ def to_nir(snn: Spiking, path: str | Path, images: Tensor, *, steps: int = 1) ->
         import nir
     except ImportError as error:
         raise ValueError('nir is not installed here: pip install "unitstep[nir]"') from error
-    net = snn.eval().cpu().fuse()
+    net = snn.fuse().cpu()
     ShapeProp(net).propagate(images[:1].cpu())
     writer = _Writer(net, nir)
     graph = writer.run()
@@ -69,6 +69,8 @@ class _Writer:
                 self.names[node] = INPUT
             elif node.op == "output":
                 self._add(OUTPUT, self.nir.Output({"output": _shape(node.args[0])}), node.args[0])
+            elif node.meta.get("axis") == "size":
+                continue
             elif node.op.startswith("call_") and not self._operation(node, module):
                 kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
                 refused.append(f"{kind} {node.name}")
@@ -87,7 +89,7 @@ class _Writer:
         if isinstance(module, Scale):  # only where spikes meet an addition
             self.names[node] = self.names[source]
             return True
-        if len(node.all_input_nodes) != 1:
+        if len(values(node)) > 1:
             return False
         if isinstance(module, nn.Conv2d | nn.Linear):
             return self._layer(node, module, source)

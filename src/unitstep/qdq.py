@@ -102,7 +102,7 @@ class _Integer:
             elif node.op == "output":
                 if not self.refused:
                     self.writer.add("Identity", [self.writer.real(self.values[node.args[0]], LOGITS)], LOGITS)
-            elif node.op.startswith("call_") and node not in self.values:
+            elif node.meta.get("axis") != "size" and node.op.startswith("call_") and node not in self.values:
                 written = self._operation(node, module_of(self.net, node))
                 if written is None:
                     kind = getattr(node.target, "__name__", str(node.target))
@@ -114,6 +114,8 @@ class _Integer:
         """Write one operation; None if there is no form of it here."""
         given = [self.values[source] for source in node.all_input_nodes if source in self.values]
         name, write = node.name, self.writer
+        if isinstance(module, nn.Identity):
+            return given[0]
         if isinstance(module, Centre):
             return _Value(given[0].name, 1.0, module.zero_point)
         if isinstance(module, nn.Conv2d | nn.Linear):

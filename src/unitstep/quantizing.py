@@ -97,6 +97,8 @@ class _Quantization:
     def run(self) -> fx.GraphModule:
         for node in list(self.net.graph.nodes):
             module = module_of(self.net, node)
+            if node.meta.get("axis") == "size":
+                continue
             if type(module) in (nn.Conv2d, nn.Linear) and self._layer(node, module):
                 continue
             made = self._made(node, module)
@@ -117,6 +119,9 @@ class _Quantization:
             return Whole(torch.ones(()), 0, 1)
         if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
             return self._pool(node, module)
+        if isinstance(module, Scale) and (given := self.whole.get(node.all_input_nodes[0])) is not None:
+            self.net.set_submodule(str(node.target), nn.Identity())  # the height goes into the unit
+            return Whole(given.unit * module.factor, given.least, given.most)
         return self._same(node, module)
 
     def _stand_for(self, node: fx.Node) -> None:
@@ -124,10 +129,12 @@ class _Quantization:
         for source in node.all_input_nodes:
             if source in self.whole and bool((self.whole[source].unit != 1).any()):
                 name = f"{source.name}_unit"
-                self.net.add_submodule(name, Scale(self.whole[source].unit))
-                with self.net.graph.inserting_before(node):
-                    real = self.net.graph.call_module(name, (source,))
-                real.meta["tensor_meta"] = source.meta["tensor_meta"]
+                real = next((user for user in source.users if user.target == name), None)
+                if real is None:
+                    self.net.add_submodule(name, Scale(self.whole[source].unit))
+                    with self.net.graph.inserting_after(source):
+                        real = self.net.graph.call_module(name, (source,))
+                    real.meta |= {key: source.meta[key] for key in ("tensor_meta", "axis")}
                 node.replace_input_with(source, real)
 
     def _pixels(self, node: fx.Node, normalize: Normalize) -> Whole | None:
@@ -149,6 +156,10 @@ class _Quantization:
             node.meta["float"] = f"its padding is {layer.padding_mode}"
         if given is None or "float" in node.meta:
             return False
+        inputs = layer.weight[0].numel()
+        if inputs * (2 ** (self.bits - 1)) * max(given.most, -given.least, LARGEST) >= 2**31:
+            node.meta["float"] = f"sums of {inputs} inputs do not fit in 32 bits"
+            return False
         scale_inputs_(layer, given.unit)
         node.meta["integer"] = True
         q, unit = rounded(layer.weight.detach().double(), self.bits)
@@ -167,7 +178,7 @@ class _Quantization:
         self.net.add_submodule(name, Unscale(factor.float(), bias.float()))
         with self.net.graph.inserting_after(node):
             real = self.net.graph.call_module(name, (node,))
-        real.meta["tensor_meta"] = node.meta["tensor_meta"]
+        real.meta |= {key: node.meta[key] for key in ("tensor_meta", "axis")}
         node.replace_all_uses_with(real, delete_user_cb=lambda user: user is not real)
         if user is None or user.op != "output":
             node.meta["float"] = "its output does not go to neurons alone"
@@ -198,7 +209,7 @@ class _Quantization:
         given = [self.whole[source] for source in node.all_input_nodes if source in self.whole]
         if node.target in CATS and argument(node, "dim", 1, 0) == 1 and len(given) == len(node.all_input_nodes):
             shapes = [source.meta["tensor_meta"].shape for source in node.all_input_nodes]
-            if all(len(shape) == 4 for shape in shapes):
+            if all(len(shape) == 4 for shape in shapes) and all(each.least == 0 for each in given):
                 unit = torch.cat([each.unit.expand(shape[1]) for each, shape in zip(given, shapes, strict=True)])
                 unit = unit[0] if bool((unit == unit[0]).all()) else unit
                 return Whole(unit, min(each.least for each in given), max(each.most for each in given))
@@ -213,8 +224,15 @@ def flattens(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an operation is [B, C, …] → [B, features]."""
     if isinstance(module, nn.Flatten):
         return bool(module.start_dim == 1 and module.end_dim == -1)
-    called = node.target in (torch.flatten, "flatten", torch.reshape, "reshape", "view") and module is None
-    return called and len(node.meta["tensor_meta"].shape) == 2
+    if module is not None or node.target not in (torch.flatten, "flatten", torch.reshape, "reshape", "view"):
+        return False
+    before, after = (each.meta["tensor_meta"].shape for each in (node.all_input_nodes[0], node))
+    return len(after) == 2 and after[0] == before[0]
+
+
+def values(node: fx.Node) -> list[fx.Node]:
+    """What `node` takes, without sizes and constants."""
+    return [source for source in node.all_input_nodes if source.meta.get("axis") in ("images", "time")]
 
 
 def pair(size: Any) -> tuple[int, int]:
