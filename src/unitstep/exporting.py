@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from unitstep.calibration import Activity, record
 from unitstep.conversion import Spiking
 from unitstep.data import Split
 from unitstep.files import write_whole
-from unitstep.fusing import Fire, module_of
+from unitstep.fusing import Fire, module_of, per_channel
 from unitstep.neuron import LIF, check_steps, membranes
 from unitstep.qdq import LOGITS, integer_model
 from unitstep.quantizing import quantize
@@ -97,10 +98,8 @@ def to_onnx(
     fused = snn.fuse(steps)
     rounded = quantize(fused, images) if form == "int8" else None
     model = _float_model(fused, images) if rounded is None else integer_model(rounded, images.shape[1:])
-    pixels = str(images.dtype).removeprefix("torch.")
-    told = {"format": 1, "form": form, "steps": steps, "input": list(images.shape[1:]), "pixels": pixels} | (
-        about or {}
-    )
+    told = {"format": 1, "form": form, "steps": steps, "input": list(images.shape[1:])}
+    told |= {"pixels": str(images.dtype).removeprefix("torch."), **(about or {})}
     onnx.helper.set_model_props(model, {KEY: json.dumps(told)})
     onnx.checker.check_model(model, full_check=True)
     parity = _compare(model, snn, rounded, images, labels, steps)
@@ -156,27 +155,31 @@ def _compare(
     labels: Tensor | None,
     steps: int,
 ) -> Parity:
-    """Run `model`, whose outputs are logits and spikes, beside `snn` and, for integers, beside its `rounded` form."""
-    run = open_model(model.SerializeToString())
+    """Run `model`, whose outputs are logits and spikes, and the file that it becomes, which gives the logits alone,
+    beside `snn` and, for integers, beside its `rounded` form."""
+    alone = onnx.ModelProto()
+    alone.CopyFrom(model)
+    del alone.graph.output[1:]
+    run, file = open_model(model.SerializeToString()), open_model(alone.SerializeToString())
     layers = [LayerParity(output.name) for output in model.graph.output[1:]]
     parity = Parity("float" if rounded is None else "int8", steps, len(images), layers)
     right = file_right = 0
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
-        logits, *given = map(torch.from_numpy, run(batch.numpy()))
+        (logits,), (_, *given) = ([torch.from_numpy(output) for output in each(batch.numpy())] for each in (file, run))
         with torch.no_grad(), record(snn) as seen:
             expected = wanted = snn(batch, steps)
-        spikes = {name: layer.spikes for name, layer in seen.items()}
+        fired = {name: _spikes(snn.lifs[name], layer) for name, layer in seen.items()}
         if rounded is not None:
-            wanted, spikes = _spikes(rounded, batch)
+            wanted, fired = _rounded_spikes(rounded, batch)
         before = torch.zeros(steps, len(batch), dtype=torch.bool)  # whether a neuron of an earlier layer differed
         for layer, got in zip(layers, given, strict=True):
-            differ = ((got > 0).unflatten(0, (steps, -1)) != spikes[layer.name]).flatten(2)
-            wild = differ if rounded is not None else differ & ~_at_threshold(snn.lifs[layer.name], seen[layer.name])
+            spikes, undecided = fired[layer.name]
+            differ = ((got > 0).unflatten(0, (steps, -1)) != spikes).flatten(2)
             since = differ.any(2).cummax(0).values
             earlier = before | torch.cat([torch.zeros_like(since[:1]), since[:-1]])  # or a step earlier
             layer.neurons, layer.differ = differ.shape[2], layer.differ + int(differ.sum())
-            layer.unexplained += int((wild.any(2) & ~earlier).sum())
+            layer.unexplained += int(((differ & ~undecided.flatten(2)).any(2) & ~earlier).sum())
             before |= since
         parity.logits = max(parity.logits, (logits - wanted).abs().max().item())
         parity.changed += int((logits.argmax(1) != expected.argmax(1)).sum())
@@ -190,26 +193,37 @@ def _compare(
     return parity
 
 
-def _spikes(rounded: fx.GraphModule, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and the spikes [1, B, …] of each neuron layer."""
-    seen: dict[str, Tensor] = {}
+def _undecided(membrane: Tensor, V: Tensor) -> Tensor:
+    """Whether rounding decides if a neuron fires."""
+    return (membrane - V).abs() <= TIE * membrane.abs().max()
+
+
+def _spikes(lif: LIF, layer: Activity) -> tuple[Tensor, Tensor]:
+    """Of a recorded layer: spikes, and whether rounding decided them, bool [T, B, …]."""
+    current, steps = layer.current, len(layer.spikes)
+    V = per_channel(lif.threshold.detach(), current.dim() - 1)
+    left = (lif.initial * V).expand_as(current[0]) if lif.initial else None
+    states = membranes(current, V, lif.leak.detach(), steps, left)
+    return layer.spikes, torch.stack([_undecided(membrane, V) for _, membrane, _ in states])
+
+
+def _rounded_spikes(rounded: fx.GraphModule, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Logits, and for each neuron layer spikes, and whether rounding decided them, bool [1, B, …]: never, between whole
+    numbers."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    whole = {user.name for node in rounded.graph.nodes if "integer" in node.meta for user in node.users}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(fire: Fire, inputs: tuple[Tensor], out: Tensor) -> None:
+            spikes, V = out != 0, per_channel(fire.threshold, out.dim())
+            seen[name] = spikes[None], (torch.zeros_like(spikes) if name in whole else _undecided(inputs[0], V))[None]
+
+        return hook
+
     layers = [(name, module) for name, module in rounded.named_modules() if isinstance(module, Fire)]
-    hooks = [
-        module.register_forward_hook(lambda _module, _args, out, name=name: seen.update({name: (out != 0)[None]}))
-        for name, module in layers
-    ]
+    hooks = [module.register_forward_hook(note(name)) for name, module in layers]
     try:
         return rounded(images), seen
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _at_threshold(lif: LIF, layer: Activity) -> Tensor:
-    """bool [T, B, n]: whether rounding decided if a neuron fires."""
-    current, steps = layer.current, len(layer.spikes)
-    V = lif.threshold.detach().view(-1, *[1] * (current.dim() - 3)) if lif.threshold.dim() else lif.threshold.detach()
-    left = (lif.initial * V).expand_as(current[0]) if lif.initial else None
-    states = [membrane for _, membrane, _ in membranes(current, V, lif.leak.detach(), steps, left)]
-    reached = torch.stack([membrane.expand_as(layer.spikes[0]) for membrane in states])
-    return ((reached - V).abs() <= TIE * reached.abs().max()).flatten(2)
