@@ -72,7 +72,7 @@ def test_a_network_that_comes_with_the_package_does_what_its_card_says():
     stated = float(re.search(r"\| accuracy \| ([\d.]+) %", card)[1])
     assert found.accuracy == pytest.approx(stated, abs=0.2)  # rounding differs between processors
     assert f"{found.spikes_per_neuron:.2f}" in card
-    with pytest.raises(ValueError, match=r"no trained network named 'vgg'.*there are: fashion-mini-t1"):
+    with pytest.raises(ValueError, match=r"no trained network named 'vgg'.*there are: cifar10-t1, fashion-mini-t1"):
         pretrained("vgg")
 
 

@@ -1,6 +1,7 @@
 """What an exported network sees in image files, without torch."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from unitstep import pretrained
 from unitstep.cli import main
 from unitstep.data import load_test
 from unitstep.exporting import to_onnx
-from unitstep.predicting import images_in, predict
+from unitstep.predicting import SHIPPED, images_in, predict
 from unitstep.running import open_model
 
 NAMES = [f"class {number}" for number in range(10)]
@@ -89,3 +90,15 @@ def test_prediction_needs_no_torch(model, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
     assert done.stdout.startswith(str(tmp_path / "a.png"))
+
+
+def test_the_shipped_network_knows_what_its_card_says(data_folder, tmp_path, capsys):
+    test = load_test(str(data_folder / "cifar10"), size=32, channels=3)
+    model = open_model(SHIPPED)
+    right = (model(test.images[:1000].numpy())[0].argmax(1) == test.labels[:1000].numpy()).mean()
+    stated = float(re.search(r"\| accuracy \| ([\d.]+) %", SHIPPED.with_name("cifar10-t1.md").read_text())[1])
+    assert abs(100 * right - stated) < 3  # of 1,000 images
+    assert model.about["classes"] == list(test.classes)
+    Image.fromarray(test.images[0].permute(1, 2, 0).numpy()).resize((320, 240)).save(tmp_path / "a.jpg")
+    assert main(["predict", str(tmp_path / "a.jpg"), "--top", "1"]) == 0  # without --model
+    assert any(name in capsys.readouterr().out for name in test.classes)

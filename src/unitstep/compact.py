@@ -23,8 +23,9 @@ MODELS = Path(__file__).parent / "models"  # trained networks that come with the
 
 
 def pretrained(name: str) -> Spiking:
-    """A trained one-timestep network that comes with the package, for raw uint8 images: "fashion-mini-t1". What it can
-    do is on its card, models/NAME.md. ValueError, with the names there are, if there is no such."""
+    """A trained one-timestep network that comes with the package, for raw uint8 images: "cifar10-t1" or
+    "fashion-mini-t1". What it can do is on its card, models/NAME.md. ValueError, with the names there are, if there is
+    no such."""
     names = sorted(path.stem for path in MODELS.glob("*.safetensors"))
     if name not in names:
         raise ValueError(f"no trained network named {name!r} comes with the package; there are: {', '.join(names)}")
