@@ -8,6 +8,7 @@ weights: what it computes does not matter to the clock. All take raw uint8 image
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from unitstep import nets
 from unitstep.calibration import to_spiking
-from unitstep.exporting import to_onnx
+from unitstep.exporting import onnx_of, to_onnx
 from unitstep.running import Model, open_model
 from unitstep.runs import machine
 
@@ -59,7 +60,8 @@ def bench_deploy(*, threads: tuple[int, ...] = (2, 1), progress: Callable[[str],
         cnn.train()(images)  # statistics for the batch norms
     cnn.eval().requires_grad_(False)
     speeds: list[Speed] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of all the libraries
         tell("export")
         files = _Files(cnn, images, Path(folder))
         for count in threads:
@@ -89,10 +91,7 @@ class _Files:
 
     def __init__(self, cnn: nn.Module, images: Tensor, folder: Path) -> None:
         self.cnn, self.cnn_int8, self.snn = (folder / f"{name}.onnx" for name in ("cnn", "cnn-int8", "snn-int8"))
-        dynamic = ({0: torch.export.Dim("N", min=1)},)
-        torch.onnx.export(
-            cnn, (images[:2],), self.cnn, dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False
-        )
+        self.cnn.write_bytes(onnx_of(cnn, images).SerializeToString())
         quantization.quantize_static(
             self.cnn, self.cnn_int8, _Reader(self.cnn, images), per_channel=True,
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
@@ -180,14 +179,15 @@ def _plain_openvino(path: Path, threads: int) -> Call:
 def _layers(convolution: Any, norm: Any, neuron: Callable[[], Any], pool: Any, flatten: Any, linear: Any) -> list[Any]:
     """The same network of another library's layers."""
     layers: list[Any] = []
-    channels = 3
+    channels, side = 3, SIZE
     for width in nets.PLANS[NET][0]:
         if width == "P":
             layers.append(pool(2))
+            side //= 2
             continue
         layers += [convolution(channels, width, 3, padding=1, bias=False), norm(width), neuron()]
         channels = width
-    return [*layers, flatten(), linear(channels, CLASSES, bias=False)]
+    return [*layers, flatten(), linear(channels * side * side, CLASSES, bias=False)]
 
 
 def _spikingjelly(steps: int) -> Call:

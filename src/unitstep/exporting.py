@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import onnx
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from unitstep.calibration import Activity, record
 from unitstep.conversion import Spiking
@@ -123,21 +123,24 @@ def describe(recipe: Recipe, split: Split) -> dict[str, Any]:
 
 
 def _float_model(fused: fx.GraphModule, images: Tensor) -> onnx.ModelProto:
-    """By PyTorch's exporter. Outputs: the logits, then the spikes of each neuron layer."""
+    """Outputs: the logits, then the spikes of each neuron layer."""
     graph = fx.Graph()
     end = graph.graph_copy(fused.graph, {})
     fires = [node for node in graph.nodes if isinstance(module_of(fused, node), Fire)]
     graph.output((end, *fires))
-    names = [LOGITS, *(node.name for node in fires)]
-    given = images[:2]
-    batch = torch.export.Dim("N", min=1)
+    return onnx_of(fx.GraphModule(fused, graph), images, [LOGITS, *(node.name for node in fires)])
+
+
+def onnx_of(net: nn.Module, images: Tensor, outputs: Sequence[str] = (LOGITS,)) -> onnx.ModelProto:
+    """Any module of images [N, C, H, W] as PyTorch's own exporter writes it, for any N. ValueError if it cannot."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own
         try:
-            exported = torch.export.export(fx.GraphModule(fused, graph), (given,), dynamic_shapes=({0: batch},))
+            batch = torch.export.Dim("N", min=1)
+            exported = torch.export.export(net, (images[:2],), dynamic_shapes=({0: batch},))
             program = torch.onnx.export(
-                exported, dynamo=True, opset_version=FLOAT_OPSET, input_names=["images"], output_names=names,
+                exported, dynamo=True, opset_version=FLOAT_OPSET, input_names=["images"], output_names=outputs,
                 verbose=False,
             )  # fmt: skip
         except Exception as error:  # of many kinds
