@@ -98,7 +98,7 @@ def to_onnx(
     fused = snn.fuse(steps)
     rounded = quantize(fused, images) if form == "int8" else None
     model = _float_model(fused, images) if rounded is None else integer_model(rounded, images.shape[1:])
-    told = {"format": 1, "form": form, "steps": steps, "input": list(images.shape[1:])}
+    told: dict[str, Any] = {"format": 1, "form": form, "steps": steps, "input": list(images.shape[1:])}
     told |= {"pixels": str(images.dtype).removeprefix("torch."), **(about or {})}
     onnx.helper.set_model_props(model, {KEY: json.dumps(told)})
     onnx.checker.check_model(model, full_check=True)
