@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from unitstep.files import write_json
-from unitstep.recipes import differences
+from unitstep.recipes import differences, without_folder
 from unitstep.runs import Run
 
 RECORDS = Path(__file__).parent / "records"
@@ -30,7 +30,7 @@ def record(runs: list[Run]) -> dict[str, Any]:
             raise ValueError(f"{run.path} has another recipe than {runs[0].path}: {'; '.join(changes)}")
         # a record names the data set, not the folder where it lay
         found = json.loads(json.dumps(run.measurement))
-        found["recipe"]["data"] = found["data"]["source"] = Path(run.recipe.data).name
+        found["recipe"]["data"] = found["data"]["source"] = without_folder(run.recipe).data
         measured.append(found)
     stages = []
     for rows in zip(*(found["stages"] for found in measured), strict=True):

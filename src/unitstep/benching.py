@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from unitstep import nets
 from unitstep.calibration import to_spiking
-from unitstep.exporting import onnx_of, to_onnx
+from unitstep.exporting import INPUT, onnx_of, to_onnx
 from unitstep.running import Model, open_model
 from unitstep.runs import machine
 
@@ -93,7 +93,7 @@ class _Files:
         self.cnn, self.cnn_int8, self.snn = (folder / f"{name}.onnx" for name in ("cnn", "cnn-int8", "snn-int8"))
         self.cnn.write_bytes(onnx_of(cnn, images).SerializeToString())
         quantization.quantize_static(
-            self.cnn, self.cnn_int8, _Reader(self.cnn, images), per_channel=True,
+            self.cnn, self.cnn_int8, _Reader(images), per_channel=True,
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
         )  # fmt: skip
         snn = to_spiking(cnn, images, steps=1, percentile=90)
@@ -103,9 +103,8 @@ class _Files:
 
 
 class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, path: Path, images: Tensor) -> None:
-        name = onnxruntime.InferenceSession(str(path)).get_inputs()[0].name
-        self.batches = iter([{name: images.numpy()}])
+    def __init__(self, images: Tensor) -> None:
+        self.batches = iter([{INPUT: images.numpy()}])
 
     def get_next(self) -> Any:
         return next(self.batches, None)
@@ -164,8 +163,7 @@ def _plain_onnxruntime(path: Path, threads: int) -> Call:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images.numpy()})
+    return lambda images: session.run(None, {INPUT: images.numpy()})
 
 
 def _plain_openvino(path: Path, threads: int) -> Call:
@@ -251,8 +249,7 @@ def ratios(record: dict[str, Any]) -> list[tuple[str, int, int, float, float]]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """A record as Markdown: images per second, and in brackets times the CNN in PyTorch fp32, at 2 threads or the most
-    there are."""
+    """A record as Markdown: images per second, and in brackets times the CNN in PyTorch fp32."""
     found = {(name, b, t): f"{speed:,.0f} ({times:.1f}×)" for name, b, t, speed, times in ratios(record)}
     columns = sorted({(t, b) for _, b, t in found}, reverse=True)
     title = " | ".join(f"batch {b}, {t} thread{'s' * (t > 1)}" for t, b in columns)

@@ -420,7 +420,8 @@ def _predict(arguments: list[str]) -> int:
         """
         from json import dumps
 
-        from rich import progress
+        from rich.console import Console
+        from rich.progress import track
 
         from unitstep import predicting
         from unitstep.running import open_model
@@ -432,9 +433,7 @@ def _predict(arguments: list[str]) -> int:
         width, failed = max(len(str(path)) for path in paths), 0
         found = predicting.predict(paths, network, top=top)
         shown = len(paths) > predicting.BATCH and sys.stderr.isatty() and not sys.stdout.isatty()
-        from rich.console import Console
-
-        for answer in progress.track(found, "", len(paths), disable=not shown, console=Console(stderr=True)):
+        for answer in track(found, "", len(paths), disable=not shown, console=Console(stderr=True)):
             if answer.error is not None:
                 failed += 1
                 _say(f"unitstep: {answer.path} was left out: {answer.error}")

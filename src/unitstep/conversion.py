@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from unitstep.fusing import BATCH_NORMS, CONVOLUTIONS, argument, fold_norm, fuse, module_of
+from unitstep.fusing import BATCH_NORMS, CATS, CONVOLUTIONS, argument, fold_norm, fuse, kind_of, module_of
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF, Height, SharedDropout, check_steps, read_out, repeat
 
@@ -196,7 +196,7 @@ MAX_POOLS: dict[Any, Any] = {  # and the average pools that may take their place
 }  # fmt: skip
 # Several activations may meet in these; scaling is by constants alone.
 ADDITIONS: set[Any] = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub"}
-CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+CONCATENATIONS: set[Any] = {*CATS, torch.stack}
 SCALINGS: set[Any] = {operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div", operator.neg}
 # In-place operations and what they are otherwise.
 IN_PLACE: dict[Any, Any] = {
@@ -385,7 +385,7 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
         while node.all_input_nodes:
             module = module_of(net, node)
             unknown = module is not None and not type(module).__module__.startswith("torch.")  # may return its input
-            if _what(node, module) not in VIEWS and not unknown and _kind(node, module) not in STOCHASTIC_DEPTH:
+            if _what(node, module) not in VIEWS and not unknown and kind_of(node, module) not in STOCHASTIC_DEPTH:
                 break
             node = node.all_input_nodes[0]
         return node
@@ -396,7 +396,7 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
             sizes.add(node)
     for node in list(graph.nodes):
         module = module_of(net, node)
-        what, kind = _what(node, module), _kind(node, module)
+        what, kind = _what(node, module), kind_of(node, module)
         flag = INPLACE_FLAGS.get(what)
         flagged = node.target in modules if module is not None else argument(node, "inplace", flag or 99, False) is True
         if node.op not in ("call_module", "call_function", "call_method") or not node.all_input_nodes:
@@ -437,10 +437,6 @@ def _reads_size(node: fx.Node) -> bool:
     return (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")) or (
         node.op == "call_method" and node.target in ("size", "dim", "numel")
     )
-
-
-def _kind(node: fx.Node, module: nn.Module | None) -> str:
-    return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
 
 
 # ---------------------------------------------------------------------------------------------------------- conversion
@@ -512,7 +508,7 @@ class _Conversion:
         graph = self.graph = self.net.graph
         for node in graph.nodes:
             if node.op not in ("placeholder", "get_attr", "output"):
-                kind = _kind(node, module_of(self.net, node))
+                kind = kind_of(node, module_of(self.net, node))
                 path = str(node.target) if node.op == "call_module" else ""
                 self.rows[node] = Row(node.name, kind, path, node.meta.get("line", ""))
         self._norms()

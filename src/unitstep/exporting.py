@@ -29,6 +29,7 @@ from unitstep.running import KEY, open_model
 
 Form = Literal["int8", "float"]
 FLOAT_OPSET = 18
+INPUT = "images"  # name of the input in what PyTorch's exporter writes
 TIE = 1e-6  # how near its threshold a neuron is when rounding decides, relative to its layer's largest membrane
 BATCH = 100  # images that are compared at a time
 
@@ -140,7 +141,7 @@ def onnx_of(net: nn.Module, images: Tensor, outputs: Sequence[str] = (LOGITS,)) 
             batch = torch.export.Dim("N", min=1)
             exported = torch.export.export(net, (images[:2],), dynamic_shapes=({0: batch},))
             program = torch.onnx.export(
-                exported, dynamo=True, opset_version=FLOAT_OPSET, input_names=["images"], output_names=outputs,
+                exported, dynamo=True, opset_version=FLOAT_OPSET, input_names=[INPUT], output_names=outputs,
                 verbose=False,
             )  # fmt: skip
         except Exception as error:  # of many kinds
@@ -171,9 +172,10 @@ def _compare(
         batch = images[start : start + BATCH]
         (logits,), (_, *given) = ([torch.from_numpy(output) for output in each(batch.numpy())] for each in (file, run))
         with torch.no_grad(), record(snn) as seen:
-            expected = wanted = snn(batch, steps)
-        fired = {name: _spikes(snn.lifs[name], layer) for name, layer in seen.items()}
-        if rounded is not None:
+            expected = snn(batch, steps)
+        if rounded is None:
+            wanted, fired = expected, {name: _spikes(snn.lifs[name], layer) for name, layer in seen.items()}
+        else:
             wanted, fired = _rounded_spikes(rounded, batch)
         before = torch.zeros(steps, len(batch), dtype=torch.bool)  # whether a neuron of an earlier layer differed
         for layer, got in zip(layers, given, strict=True):

@@ -84,7 +84,7 @@ def fuse(snn: fx.GraphModule, steps: int = 1) -> fx.GraphModule:
     differ. ValueError if steps < 1.
     """
     check_steps(steps)
-    net = _at_fixed_steps(copy.deepcopy(snn).eval(), steps)
+    net = _at_fixed_steps(snn, steps).eval()
     for node in list(net.graph.nodes):
         if isinstance(module_of(net, node), BATCH_NORMS):
             fold_norm(net, node)
@@ -96,8 +96,9 @@ def fuse(snn: fx.GraphModule, steps: int = 1) -> fx.GraphModule:
 
 
 def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
-    """`snn` without its input `steps`, and with a module of its own, under the call's name, for every call of one."""
-    root, graph = nn.Module(), snn.graph
+    """A copy of `snn` without its input `steps`, and with a module of its own, under the call's name, for every call of
+    one."""
+    root, graph = nn.Module(), copy.deepcopy(snn.graph)
     for node in list(graph.nodes):
         module = module_of(snn, node)
         if node.target in ("steps", check_steps):
@@ -113,7 +114,7 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
             root.add_module(node.name, copy.deepcopy(module))
             node.target = node.name
         elif node.op == "get_attr":
-            root.register_buffer(node.name, operator.attrgetter(str(node.target))(snn).detach())
+            root.register_buffer(node.name, operator.attrgetter(str(node.target))(snn).detach().clone())
             node.target = node.name
     return fx.GraphModule(root, graph, type(snn).__name__)
 
@@ -139,7 +140,7 @@ def _heights_into_weights(net: fx.GraphModule) -> None:
         sources = [source for source in node.all_input_nodes if source in heights]
         if isinstance(module, Fire):
             for source in sources:
-                _scale(net, node, source, heights[source])
+                scale_input(net, node, source, heights[source], "height")
             if bool((module.height != 1).any()):
                 heights[node], module.height = module.height, torch.ones(())
         elif sources and module is not None and type(module) in (*CONVOLUTIONS, nn.Linear):
@@ -148,18 +149,18 @@ def _heights_into_weights(net: fx.GraphModule) -> None:
             heights[node] = passed
         else:
             for source in sources:
-                _scale(net, node, source, heights[source])
+                scale_input(net, node, source, heights[source], "height")
 
 
-def _scale(net: fx.GraphModule, node: fx.Node, source: fx.Node, height: Tensor) -> None:
-    """Multiply `source` by `height` where `node` takes it."""
-    name = f"{source.name}_height"
+def scale_input(net: fx.GraphModule, node: fx.Node, source: fx.Node, factor: Tensor, what: str) -> None:
+    """Multiply `source` by `factor` where `node` takes it; once for all that take it so. what: the factor's name."""
+    name = f"{source.name}_{what}"
     scaled = next((user for user in source.users if user.target == name), None)
     if scaled is None:
-        net.add_submodule(name, Scale(height))
+        net.add_submodule(name, Scale(factor))
         with net.graph.inserting_after(source):
             scaled = net.graph.call_module(name, (source,))
-        scaled.meta["axis"] = source.meta["axis"]
+        scaled.meta |= {key: source.meta[key] for key in ("axis", "tensor_meta") if key in source.meta}
     node.replace_input_with(source, scaled)
 
 
@@ -167,7 +168,7 @@ def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) 
     """The height h' with op(h·x, …) = h'·op(x, …) of an operation; None if there is no such."""
     if not node.meta.get("homogeneous") and node.target is not repeat:
         return None
-    sources = [source for source in node.all_input_nodes if source.meta["axis"] in ("images", "time")]  # without sizes
+    sources = values(node)
     given = [heights.get(source, torch.ones(())) for source in sources]
     if all(height.dim() == 0 and torch.equal(height, given[0]) for height in given):
         return given[0]
@@ -205,11 +206,17 @@ def scale_inputs_(layer: nn.Module, factor: Tensor) -> None:
             factor = factor.repeat_interleave(layer.in_features // len(factor))
         elif isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):  # [I, O / groups, …]
             factor = factor.view(-1, *[1] * (weight.dim() - 1))
-        else:  # [O, I / groups, …]: each group of outputs has inputs of its own
+        else:
             groups: Any = layer.groups
-            by_output = factor.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
-            factor = by_output.view(*weight.shape[:2], *[1] * (weight.dim() - 2))
+            factor = _by_input(factor, weight, groups)
     layer.weight = nn.Parameter(weight.detach() * factor, requires_grad=False)
+
+
+def _by_input(values: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """[C] → [O, C / groups, 1, …], one for each weight [O, C / groups, …]: every group of outputs has inputs of its
+    own."""
+    by_output = values.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
+    return by_output.view(*weight.shape[:2], *[1] * (weight.dim() - 2))
 
 
 # ---------------------------------------------------------------------------------------------------------- batch norm
@@ -239,6 +246,16 @@ def fold_norm(net: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 def module_of(net: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that `node` calls; None if it is no such call."""
     return net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def kind_of(node: fx.Node, module: nn.Module | None) -> str:
+    """What an operation is, for people: the class of its module, or the name of its function or method."""
+    return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def values(node: fx.Node) -> list[fx.Node]:
+    """What `node` takes, without sizes and constants."""
+    return [source for source in node.all_input_nodes if source.meta.get("axis") in ("images", "time")]
 
 
 def argument(node: fx.Node, name: str, position: int, default: Any = None) -> Any:
@@ -293,12 +310,7 @@ def _fold_into_next(norm: nn.Module, layer: Any) -> Any:
         return None
     layer = copy.deepcopy(layer)
     weight = layer.weight.detach()
-    scale, shift = (  # [C] → [O, C / groups, 1, …], one for each weight
-        x.view(groups, -1)
-        .repeat_interleave(len(weight) // groups, 0)
-        .view(*weight.shape[:2], *[1] * (weight.dim() - 2))
-        for x in _affine(norm)
-    )
+    scale, shift = (_by_input(x, weight, groups) for x in _affine(norm))
     bias = (weight * shift).flatten(1).sum(1)
     layer.weight = nn.Parameter(weight * scale)
     layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias.detach() + bias)

@@ -28,6 +28,7 @@ from unitstep.calibration import calibrate_, to_spiking
 from unitstep.conversion import Spiking
 from unitstep.data import Split, load_train, mix
 from unitstep.files import write_json
+from unitstep.fusing import per_channel
 from unitstep.neuron import LIF, clamp_, compiled, compiler_available
 from unitstep.recipes import Recipe, Stage
 from unitstep.rounding import round_weights_
@@ -494,7 +495,7 @@ def counted(net: nn.Module, enabled: bool) -> Iterator[list[Tensor]]:
 
     def note(lif: nn.Module, _: Any, out: Tensor) -> None:
         assert isinstance(lif, LIF)
-        V = lif.threshold.view(-1, *[1] * (out.dim() - 2)) if lif.threshold.dim() else lif.threshold
+        V = per_channel(lif.threshold, out.dim())
         spikes.append(out / V if lif.height == "threshold" else out)
 
     lifs = [module for module in net.modules() if isinstance(module, LIF)] if enabled else []

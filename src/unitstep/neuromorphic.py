@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from unitstep.conversion import Spiking
-from unitstep.fusing import Fire, Scale, module_of
+from unitstep.fusing import Fire, Scale, kind_of, module_of, values
 from unitstep.nets import Normalize
-from unitstep.quantizing import flattens, pair, values
+from unitstep.quantizing import divides_by_window, flattens, pair
 
 INPUT, OUTPUT = "input", "output"
 
@@ -72,8 +72,7 @@ class _Writer:
             elif node.meta.get("axis") == "size":
                 continue
             elif node.op.startswith("call_") and not self._operation(node, module):
-                kind = type(module).__name__ if module is not None else getattr(node.target, "__name__", node.target)
-                refused.append(f"{kind} {node.name}")
+                refused.append(f"{kind_of(node, module)} {node.name}")
                 behind.add(node)
         if refused:
             raise ValueError(f"NIR has no form of these operations: {', '.join(refused)}")
@@ -98,8 +97,7 @@ class _Writer:
                 return False
             self._fire(node.name, _shape(node), 1.0, source)
         elif isinstance(module, nn.AvgPool2d):
-            bordered = pair(module.padding) != (0, 0) and not module.count_include_pad
-            if module.ceil_mode or module.divisor_override or bordered:
+            if not divides_by_window(module):
                 return False
             self._add(node.name, self._mean(module), source)
         elif isinstance(module, nn.MaxPool2d):  # of spikes: whether there is one

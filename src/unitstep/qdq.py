@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from unitstep.fusing import CATS, Fire, Scale, argument, module_of, per_channel
+from unitstep.fusing import CATS, Fire, Scale, argument, kind_of, module_of, per_channel
 from unitstep.nets import Normalize
 from unitstep.quantizing import LARGEST, Centre, SumPool, Unscale, flattens, pair
 
@@ -103,11 +103,10 @@ class _Integer:
                 if not self.refused:
                     self.writer.add("Identity", [self.writer.real(self.values[node.args[0]], LOGITS)], LOGITS)
             elif node.meta.get("axis") != "size" and node.op.startswith("call_") and node not in self.values:
-                written = self._operation(node, module_of(self.net, node))
+                module = module_of(self.net, node)
+                written = self._operation(node, module)
                 if written is None:
-                    kind = getattr(node.target, "__name__", str(node.target))
-                    module = module_of(self.net, node)
-                    self.refused.append(f"{kind if module is None else type(module).__name__} {node.name}")
+                    self.refused.append(f"{kind_of(node, module)} {node.name}")
                 self.values[node] = written or _Value(node.name)
 
     def _operation(self, node: fx.Node, module: Any) -> _Value | None:

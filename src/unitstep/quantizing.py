@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
-from unitstep.fusing import CATS, Fire, Scale, argument, module_of, per_channel, scale_inputs_
+from unitstep.fusing import CATS, Fire, Scale, argument, module_of, per_channel, scale_input, scale_inputs_
 from unitstep.nets import Normalize
 from unitstep.rounding import rounded
 
@@ -128,14 +128,7 @@ class _Quantization:
         """`node` takes real numbers: give it unit·x where it has taken x."""
         for source in node.all_input_nodes:
             if source in self.whole and bool((self.whole[source].unit != 1).any()):
-                name = f"{source.name}_unit"
-                real = next((user for user in source.users if user.target == name), None)
-                if real is None:
-                    self.net.add_submodule(name, Scale(self.whole[source].unit))
-                    with self.net.graph.inserting_after(source):
-                        real = self.net.graph.call_module(name, (source,))
-                    real.meta |= {key: source.meta[key] for key in ("tensor_meta", "axis")}
-                node.replace_input_with(source, real)
+                scale_input(self.net, node, source, self.whole[source].unit, "unit")
 
     def _pixels(self, node: fx.Node, normalize: Normalize) -> Whole | None:
         zero, scale = normalize.get_buffer("zero_point").flatten(), normalize.get_buffer("scale").flatten()
@@ -196,7 +189,7 @@ class _Quantization:
             padding = (0, 0)
         else:
             window, stride, padding = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
-            if pool.ceil_mode or pool.divisor_override or (padding != (0, 0) and not pool.count_include_pad):
+            if not divides_by_window(pool):
                 return None
         size = math.prod(window)
         if given.most * size > LARGEST or given.least < 0:
@@ -230,9 +223,10 @@ def flattens(node: fx.Node, module: nn.Module | None) -> bool:
     return len(after) == 2 and after[0] == before[0]
 
 
-def values(node: fx.Node) -> list[fx.Node]:
-    """What `node` takes, without sizes and constants."""
-    return [source for source in node.all_input_nodes if source.meta.get("axis") in ("images", "time")]
+def divides_by_window(pool: nn.AvgPool2d) -> bool:
+    """Whether every output is the sum over its window, border included, divided by the window's size."""
+    bordered = pair(pool.padding) != (0, 0) and not pool.count_include_pad
+    return not (pool.ceil_mode or pool.divisor_override or bordered)
 
 
 def pair(size: Any) -> tuple[int, int]:
