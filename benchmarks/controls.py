@@ -15,7 +15,7 @@ and docs/controls.png are written.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -89,12 +89,12 @@ class Control:
         return replace(CNN, name="control", data=data, stages=(cnn, *rungs, last), seed=self.seed, **fields)
 
 
-def controls(variants: str | None) -> Iterator[Control]:
-    for seed in SEEDS:
+def controls(variants: str | None, seeds: Sequence[int] = SEEDS) -> Iterator[Control]:
+    for seed in seeds:
         for norm in NORMS:
             for ladder in LADDERS:
                 yield Control(ladder, norm, "", seed)
-    for seed in SEEDS if variants else ():
+    for seed in seeds if variants else ():
         for variant in VARIANTS:
             yield Control(variants or "", "keep", variant, seed)
 
@@ -127,6 +127,10 @@ def run(control: Control, data: str, out: Path, deadline: float, **options: Any)
         )
     about = {key: made.about.get(key) for key in ("precision", "device")}
     return {**asdict(control), "stages": stages, "val_images": len(val), **about, **provenance()}
+
+
+def recorded() -> list[dict[str, Any]]:
+    return json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []  # type: ignore[no-any-return]
 
 
 def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
@@ -196,23 +200,22 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CIFAR-10: a folder or hub name, or what unitstep pack made")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many minutes, to go on later")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="some only: processes may share the work")
     parser.add_argument("--variants", metavar="LADDER", choices=list(LADDERS), help="then the variants, on this ladder")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
-    rows: list[dict[str, Any]] = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
-    done = {(row["ladder"], row["norm"], row["variant"], row["seed"]) for row in rows}
-    for control in controls(options.variants):
+    done = {(row["ladder"], row["norm"], row["variant"], row["seed"]) for row in recorded()}
+    for control in controls(options.variants, options.seeds):
         if (control.ladder, control.norm, control.variant, control.seed) in done:
             continue
         row = run(control, options.data, options.out, deadline, device=options.device)
         if row is None:
             print("time is up; the same command goes on")
             break
-        rows.append(row)
-        write_json(RECORD, {"schema": 1, "rows": rows})
+        write_json(RECORD, {"schema": 1, "rows": [*recorded(), row]})
         print(f"{control.folder}: {row['stages'][-1]['val_accuracy']:.2f} %", flush=True)
-    if rows:
+    if rows := recorded():
         (HERE.parent / "docs" / "controls-table.md").write_text(table(rows))
         draw(rows, HERE.parent / "docs" / "controls.png")
         print(table(rows))
