@@ -130,7 +130,7 @@ def run(control: Control, data: str, out: Path, deadline: float, **options: Any)
 
 
 def recorded() -> list[dict[str, Any]]:
-    return json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []  # type: ignore[no-any-return]
+    return json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
 
 
 def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:

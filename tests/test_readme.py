@@ -1,34 +1,47 @@
-"""The Python of the README and of the page on conversion runs as it stands; tables are those of the records."""
+"""The Python of the README and of the docs runs as it stands; tables are those of the records."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.conversion import table as conversion_table
 from benchmarks.record import RECORDS, table
 from benchmarks.results import PAGE, page, records
+from unitstep.benching import table as deploy_table
+from unitstep.predicting import SHIPPED
 from unitstep.recipes import RUN_TO_THE_END
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-CONVERSION = README.parent / "docs" / "conversion.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text() + CONVERSION.read_text(), re.DOTALL)
+CONVERSION, DEPLOY = (README.parent / "docs" / f"{name}.md" for name in ("conversion", "deploy"))
+
+
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+SNIPPETS = snippets(README) + snippets(CONVERSION) + snippets(DEPLOY)
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 4
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.copy(SHIPPED, "model.onnx")
+    Image.new("RGB", (40, 30), "red").save("photo.jpg")
     exec(compile(snippet, "documentation", "exec"), {"__name__": "__main__"})
 
 
 def test_tables_are_those_of_the_records():
     conversion = json.loads((RECORDS / "conversion.json").read_text())
     assert conversion_table(conversion) == CONVERSION.with_name("conversion-table.md").read_text()
+    assert deploy_table(json.loads((RECORDS / "deploy.json").read_text())) in README.read_text()
     ladders = records()
     assert ladders.keys() == RUN_TO_THE_END
     assert [name for name, found in ladders.items() if table(found) not in README.read_text()] == []
