@@ -1,6 +1,8 @@
 """What an exported network sees in image files, without torch."""
 
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -59,6 +61,18 @@ def test_a_broken_image_is_named_and_left_out(model, tmp_path, capsys):
     printed = capsys.readouterr()
     assert [json.loads(line)["path"] for line in printed.out.splitlines()] == [str(tmp_path / "good.png")]
     assert "bad.png was left out: " in printed.err
+
+
+def test_lines_go_to_the_file_while_the_bar_shows_in_the_terminal(model, tmp_path):
+    for number in range(40):
+        Image.new("L", (28, 28), number).save(tmp_path / f"{number:02}.png")
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "-m", "unitstep", "predict", str(tmp_path), "--model", str(model)]
+    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=inside, check=True)
+    os.close(inside)
+    assert len(found.stdout.splitlines()) == 40
+    assert b"100%" in os.read(terminal, 10_000)
+    os.close(terminal)
 
 
 def test_a_huge_image_is_left_out(model, tmp_path):

@@ -421,7 +421,7 @@ def _predict(arguments: list[str]) -> int:
         from json import dumps
 
         from rich.console import Console
-        from rich.progress import track
+        from rich.progress import Progress
 
         from unitstep import predicting
         from unitstep.running import open_model
@@ -433,15 +433,17 @@ def _predict(arguments: list[str]) -> int:
         width, failed = max(len(str(path)) for path in paths), 0
         found = predicting.predict(paths, network, top=top)
         shown = len(paths) > predicting.BATCH and sys.stderr.isatty() and not sys.stdout.isatty()
-        for answer in track(found, "", len(paths), disable=not shown, console=Console(stderr=True)):
-            if answer.error is not None:
-                failed += 1
-                _say(f"unitstep: {answer.path} was left out: {answer.error}")
-            elif json:
-                sys.stdout.write(dumps({"path": str(answer.path), "classes": dict(answer.classes)}) + "\n")
-            else:
-                likely = "  ".join(f"{name} {100 * share:.1f} %" for name, share in answer.classes)
-                sys.stdout.write(f"{answer.path!s:{width}}  {likely}\n")
+        # the lines go to a file or a pipe while the bar shows: rich must not take them to its console
+        with Progress(console=Console(stderr=True), disable=not shown, redirect_stdout=False) as bar:
+            for answer in bar.track(found, len(paths), description=""):
+                if answer.error is not None:
+                    failed += 1
+                    _say(f"unitstep: {answer.path} was left out: {answer.error}")
+                elif json:
+                    sys.stdout.write(dumps({"path": str(answer.path), "classes": dict(answer.classes)}) + "\n")
+                else:
+                    likely = "  ".join(f"{name} {100 * share:.1f} %" for name, share in answer.classes)
+                    sys.stdout.write(f"{answer.path!s:{width}}  {likely}\n")
         return 1 if failed else 0
 
     return tyro.cli(predict, prog="unitstep predict", args=arguments)
