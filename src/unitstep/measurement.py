@@ -1,6 +1,8 @@
 """What a trained network does on images it was not trained on: accuracy, spikes, dead and saturated neurons. Knows
 nothing of training."""
 
+import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -9,13 +11,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from unitstep.conversion import Spiking
+from unitstep.conversion import Spiking, trace
 from unitstep.data import Split, load_test
 from unitstep.files import read_json, write_json
 from unitstep.ladder import choose_device, forward
 from unitstep.neuron import compiled, compiler_available
+from unitstep.operations import Input, Operation, operations
 from unitstep.runs import SCHEMA, Run, provenance
 
 
@@ -36,6 +39,27 @@ class LayerMeasurement:
 
 
 @dataclass(frozen=True)
+class OperationMeasurement:
+    """One layer with weights: what it computes per image, over all T steps."""
+
+    name: str
+    input: Input
+    """"analog", "binary" spikes, or "integer": counts of spikes that pools or additions made."""
+    macs: int
+    """Multiply-accumulates of one pass, as an ordinary network has them."""
+    multiplied: int
+    """Multiply-accumulates that are done: `macs` for an input that is the same at every step, T times as many for
+    another analog one, 0 for spikes."""
+    additions: float
+    """Spike-exact: one for each output that a spike reaches, mean over the images."""
+    additions_by_rate: float
+    """The paper's formula: spikes per neuron of the layers that feed it, times `macs`."""
+    weights: int
+    values: int
+    """Neurons that feed it, or numbers of its analog input."""
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One network on one set of images."""
 
@@ -49,6 +73,7 @@ class Measurement:
     """Spikes per neuron and image, summed over the T steps, mean over all neurons; None for a CNN."""
     seconds: float
     layers: tuple[LayerMeasurement, ...]
+    operations: tuple[OperationMeasurement, ...]
 
 
 def measure(
@@ -67,22 +92,31 @@ def measure(
     """
     where = choose_device(device)
     net = net.eval().to(where)
-    batches = data.batches(max(1, 512 // (steps or 1))) if isinstance(data, Split) else data
+    batches = iter(data.batches(max(1, 512 // (steps or 1))) if isinstance(data, Split) else data)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("there are no images to measure on")
+    found = _operations(net, first[0][:1].to(where), steps)
     lifs = net.lifs if isinstance(net, Spiking) and steps is not None else {}
-    counts: dict[str, Tensor] = {}  # spikes of each neuron over all images and steps
+    counted: dict[str, nn.Module] = dict(lifs)
+    pools = {name for operation in found for name in operation.fan_out} - lifs.keys()
+    if pools:
+        net, taps = _with_taps(net, pools)  # type: ignore[arg-type]
+        counted |= taps
+    spikes: dict[str, Tensor] = {}  # of each neuron, and at each max pool's outputs, over all images and steps
 
     def count(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
-            fired = (spikes != 0).sum(0, dtype=torch.int64).flatten()
-            counts[name] = counts[name] + fired if name in counts else fired
+        def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
+            fired = (out != 0).sum(0, dtype=torch.int64)
+            spikes[name] = spikes[name] + fired if name in spikes else fired
 
         return hook
 
-    hooks = [lif.register_forward_hook(count(name)) for name, lif in lifs.items()]
+    hooks = [module.register_forward_hook(count(name)) for name, module in counted.items()]
     right, images_seen, started = 0, 0, time.perf_counter()
     try:
         with torch.no_grad(), compiled(where.type == "cuda" and compiler_available(where)):
-            for images, labels in batches:
+            for images, labels in itertools.chain([first], batches):
                 logits = forward(net, images.to(where), steps)
                 right += int((logits.argmax(1) == labels.to(where)).sum())
                 images_seen += len(labels)
@@ -91,17 +125,57 @@ def measure(
     finally:
         for hook in hooks:
             hook.remove()
-    if not images_seen:
-        raise ValueError("there are no images to measure on")
+    seconds = time.perf_counter() - started
     layers = tuple(
-        _layer(name, lif.threshold.mean().item(), lif.leak.item(), counts[name], images_seen, steps or 1)
+        _layer(name, lif.threshold.mean().item(), lif.leak.item(), spikes[name].flatten(), images_seen, steps or 1)
         for name, lif in lifs.items()
     )
-    neurons = sum(layer.neurons for layer in layers)
-    spikes = sum(int(fired.sum()) for fired in counts.values())
     return Measurement(
         steps, images_seen, 100 * right / images_seen, wilson(right, images_seen),
-        spikes / images_seen / neurons if layers else None, time.perf_counter() - started, layers,
+        _rate(lifs, spikes, images_seen) if lifs else None, seconds, layers,
+        tuple(_cost(operation, spikes, images_seen, steps or 1) for operation in found),
+    )  # fmt: skip
+
+
+def _operations(net: nn.Module, image: Tensor, steps: int | None) -> tuple[Operation, ...]:
+    """None for a network that cannot be traced: its accuracy can be measured all the same."""
+    if isinstance(net, Spiking):
+        return operations(net.fuse(), image)
+    try:
+        return operations(trace(net), image) if steps is None else ()
+    except ValueError:
+        return ()
+
+
+def _with_taps(snn: Spiking, names: set[str]) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
+    """`snn`, whose modules it shares, with a module behind each operation of `names` that hands its output on."""
+    net = fx.GraphModule(snn, copy.deepcopy(snn.graph))
+    taps: dict[str, nn.Module] = {}
+    for node in list(net.graph.nodes):
+        if node.name in names:
+            taps[node.name] = nn.Identity()
+            net.add_submodule(f"tap_{node.name}", taps[node.name])
+            with net.graph.inserting_after(node):
+                tap = net.graph.call_module(f"tap_{node.name}", (node,))
+            node.replace_all_uses_with(tap, lambda user, tap=tap: user is not tap)
+    net.recompile()
+    return net, taps
+
+
+def _rate(names: Iterable[str], spikes: dict[str, Tensor], images: int) -> float:
+    """Spikes per neuron and image, mean over all neurons of some layers."""
+    each = [spikes[name] for name in names]
+    return sum(int(fired.sum()) for fired in each) / images / sum(fired.numel() for fired in each)
+
+
+def _cost(operation: Operation, spikes: dict[str, Tensor], images: int, steps: int) -> OperationMeasurement:
+    o, analog = operation, operation.input == "analog"
+    return OperationMeasurement(
+        o.name, o.input, o.macs,
+        multiplied=o.macs * (1 if o.static else steps) if analog else 0,
+        additions=o.additions(spikes) / images,
+        additions_by_rate=0.0 if analog else _rate(o.neurons, spikes, images) * o.macs,
+        weights=o.weights, values=o.values,
     )  # fmt: skip
 
 
@@ -154,6 +228,7 @@ def measure_run(
             | {"test_accuracy": found["accuracy"], "test_interval": found["interval"]}
             | {"test_images": found["images"], "test_seconds": found["seconds"]}
             | {"spikes_per_neuron": found["spikes_per_neuron"], "layers": found["layers"]}
+            | {"operations": found["operations"]}
         )
     result = {
         "schema": SCHEMA,

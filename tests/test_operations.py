@@ -1,0 +1,186 @@
+"""Counts of operations against a simulation in which every spike walks to each output that it reaches."""
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.architectures import ARCHITECTURES, build
+from tests.simulation import simulate
+from unitstep import nets, to_spiking
+from unitstep.conversion import trace
+from unitstep.measurement import measure
+from unitstep.operations import operations
+
+# A set of spikes: how many there are at each place (channel, row, column).
+
+
+def place(spikes):
+    return Counter({tuple(int(i) for i in at): 1 for at in spikes.nonzero()})
+
+
+def walk_conv(spikes, conv, shape):
+    """Additions that the spikes cause: through each tap of the kernel, a spike reaches one output, or none."""
+    height, width = (
+        (shape[i] + 2 * conv.padding[i - 1] - conv.dilation[i - 1] * (conv.kernel_size[i - 1] - 1) - 1)
+        // conv.stride[i - 1] + 1
+        for i in (1, 2)
+    )  # fmt: skip
+    total = 0
+    for (_, y, x), number in spikes.items():
+        for j, i in product(range(conv.kernel_size[0]), range(conv.kernel_size[1])):
+            row, no_row = divmod(y + conv.padding[0] - j * conv.dilation[0], conv.stride[0])
+            column, no_column = divmod(x + conv.padding[1] - i * conv.dilation[1], conv.stride[1])
+            if not no_row and not no_column and 0 <= row < height and 0 <= column < width:
+                total += number * conv.out_channels // conv.groups
+    return total
+
+
+def walk_pool(spikes, shape, kernel, stride, padding=0):
+    """Where the spikes are after a pool that adds them up."""
+    pooled = Counter()
+    size = [(shape[i] + 2 * padding - kernel) // stride + 1 for i in (1, 2)]
+    for (c, y, x), number in spikes.items():
+        for v, u in product(range(size[0]), range(size[1])):
+            if 0 <= y + padding - v * stride < kernel and 0 <= x + padding - u * stride < kernel:
+                pooled[c, v, u] += number
+    return pooled, (shape[0], *size)
+
+
+def joined(first, second, channels):
+    moved = Counter({(c + channels, y, x): number for (c, y, x), number in second.items()})
+    return first + moved
+
+
+class Chain(nn.Module):
+    """Average pool, groups, stride, dilation, a max pool, and a linear layer."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 3, padding=1)
+        self.kernel, self.stride, self.padding = draw["kernel"], draw["stride"], draw["kernel"] // 2
+        self.conv2 = nn.Conv2d(4, 4, draw["size"], draw["step"], draw["border"], groups=draw["groups"])
+        self.conv3 = nn.Conv2d(4, 3, 2, dilation=draw["step"], padding=1, bias=False)
+        self.readout = nn.LazyLinear(3)
+
+    def forward(self, x):
+        x = F.avg_pool2d(torch.relu(self.conv1(x)), self.kernel, self.stride, self.padding)
+        x = F.max_pool2d(torch.relu(self.conv2(x)), 2, 1)
+        return self.readout(torch.flatten(torch.relu(self.conv3(x)), 1))
+
+    def walk(self, spikes, shape):
+        one, two, three = spikes
+        pooled, smaller = walk_pool(place(one), shape, self.kernel, self.stride, self.padding)
+        yield "conv2", walk_conv(pooled, self.conv2, smaller)
+        maximum, size = walk_pool(place(two), two.shape, 2, 1)
+        yield "conv3", walk_conv(Counter(dict.fromkeys(maximum, 1)), self.conv3, size)
+        yield "readout", len(place(three)) * 3
+
+
+class Residual(nn.Module):
+    """Spikes that meet in an addition, in a concatenation, and in means over places."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, groups=draw["groups"])
+        self.conv3 = nn.Conv2d(4, 2, draw["size"], padding=draw["border"])
+        self.conv4 = nn.Conv2d(4 + 4, 3, 3, stride=draw["step"], padding=draw["border"])
+        self.readout = nn.Linear(3 + 2, 3)
+
+    def forward(self, x):
+        a = torch.relu(self.conv1(x))
+        b = torch.relu(self.conv2(a)) + a
+        c = torch.relu(self.conv3(b))
+        d = torch.relu(self.conv4(torch.cat([b, a], 1)))
+        return self.readout(torch.cat([d.mean((2, 3)), c.mean((2, 3))], 1))
+
+    def walk(self, spikes, shape):
+        a, b, c, d = map(place, spikes)
+        yield "conv2", walk_conv(a, self.conv2, shape)
+        yield "conv3", walk_conv(a + b, self.conv3, shape)
+        yield "conv4", walk_conv(joined(a + b, a, 4), self.conv4, (8, *shape[1:]))
+        yield "readout", 3 * (sum(c.values()) + sum(d.values()))
+
+
+DRAW = st.fixed_dictionaries(
+    {
+        "kernel": st.sampled_from([2, 3]), "stride": st.sampled_from([1, 2]), "size": st.sampled_from([1, 2, 3]),
+        "step": st.sampled_from([1, 2]), "border": st.sampled_from([0, 1]), "groups": st.sampled_from([1, 2, 4]),
+    }
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:layer .* emits no spike")
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.sampled_from([Chain, Residual]), DRAW, st.integers(1, 5))
+def test_additions_are_those_of_spikes_that_walk(kind, draw, steps):
+    torch.manual_seed(0)
+    cnn, images = kind(draw), torch.randn(2, 2, 6, 5)
+    cnn(images)
+    for parameter in cnn.parameters():
+        nn.init.normal_(parameter)
+    snn = to_spiking(cnn, images, steps=steps, percentile=60, initial=0.5)
+    found = operations(snn.fuse(), images[:1])
+    _, spikes = simulate(cnn, images, [lif.threshold for lif in snn.lifs.values()], steps=steps, initial=0.5)
+    walked = Counter()
+    for step, image in product(range(steps), range(2)):
+        walked.update(dict(cnn.walk([layer[step, image] for layer in spikes], spikes[0].shape[2:])))
+    assert found[0].input == "analog"
+    assert [operation.name for operation in found[1:]] == list(walked)
+    measured = measure(snn, [(images, torch.zeros(2))], steps=steps, device="cpu").operations
+    assert [2 * row.additions for row in measured[1:]] == list(walked.values())
+
+
+@pytest.mark.parametrize(("name", "macs"), [("vgg6", 108_765_184), ("vgg16", 338_403_328), ("resnet20", 215_699_456)])
+def test_multiplications_are_those_of_the_paper(name, macs):
+    cnn, images = nets.build(name, classes=10), torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    found = operations(to_spiking(cnn.eval(), images, steps=1, percentile=90).fuse(), images)
+    assert sum(operation.macs for operation in found) == macs
+    assert sum(operation.macs for operation in operations(trace(cnn), images)) == macs
+    assert [operation.input for operation in found].count("analog") == 1
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_layers_of_an_architecture_are_found(name):
+    """By PyTorch's own counter; and what spikes feed, is fed by as many as there are."""
+    cnn, images = build(name)
+    with FlopCounterMode(display=False) as counter:
+        cnn(images[:1])
+    snn = to_spiking(cnn, images, steps=1, approximate=True)
+    found = operations(snn.fuse(), images[:1])
+    assert sum(operation.macs for operation in found) == counter.get_total_flops() // 2
+    for operation in found:
+        if operation.input == "analog":
+            assert not operation.fan_out
+        else:
+            ones = {source: torch.ones_like(reached) for source, reached in operation.fan_out.items()}
+            assert operation.additions(ones) > 0
+            assert set(operation.neurons) <= snn.lifs.keys()
+
+
+def test_a_layer_behind_what_no_spike_is_left_of_is_analog():
+    torch.manual_seed(0)
+    cnn = nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.ReLU(),
+        nn.BatchNorm2d(2),
+        nn.Conv2d(2, 2, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 2),
+    )
+    nn.init.ones_(cnn[2].bias)
+    images = torch.randn(4, 1, 6, 6)
+    (first, second, last) = measure(
+        to_spiking(cnn.eval(), images, steps=3), [(images, torch.zeros(4))], steps=3, device="cpu"
+    ).operations
+    assert [first.input, second.input, last.input] == ["analog", "analog", "binary"]
+    assert (first.multiplied, second.multiplied, last.multiplied) == (first.macs, 3 * second.macs, 0)
+    assert (first.additions, second.additions) == (0, 0)
