@@ -27,7 +27,11 @@ def test_train_measure_and_the_errors_between(tmp_path, capsys):
     assert f"unitstep measure {out}" in printed.err
     assert main(["measure", out]) == 0
     table = capsys.readouterr().out
-    assert [line.split()[0] for line in table.splitlines()] == ["stage", "CNN", "T=5", "T=4", "T=3", "T=2", "T=1"]
+    first = [line.split()[0] for line in table.splitlines()]
+    assert first[:8] == ["stage", "CNN", "T=5", "T=4", "T=3", "T=2", "T=1", "Energy"]
+    energies = table.splitlines()[first.index("stage", 1) :]
+    assert energies[0].split() == ["stage", "multiplications", "additions", "paper", "exact", "int8", "memory"]
+    assert [line.split()[0] for line in energies[1:6]] == ["T=5", "T=4", "T=3", "T=2", "T=1"]
     model = tmp_path / "model.onnx"
     assert main(["export", out, "--out", str(model), "--images", "50", "--threads", "1"]) == 0
     printed = capsys.readouterr()

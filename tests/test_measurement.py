@@ -24,7 +24,13 @@ def test_rates_dead_and_saturated_neurons_of_a_net_counted_by_hand():
     (layer,) = found.layers
     # x = 1: current 3 fires at both steps; 1 is a tie and then 2 > 1 fires once; 0.4 reaches 0.8; −1 never fires
     assert (layer.neurons, layer.rate, layer.dead, layer.saturated) == (4, 3 / 4, 2 / 4, 1 / 4)
+    assert (layer.dead_channels, layer.saturated_channels) == (2 / 4, 1 / 4)
+    # membranes before the reset: 3 and 3 − 1 + 3 = 5; 1 and 2; 0.4 and 0.8; −1 and −2; inside (0, 2): 3 of 8
+    assert layer.surrogate == 3 / 8
+    filled = {-2 + index / 4: share for index, share in enumerate(layer.membranes) if share}
+    assert filled == {-2: 1 / 8, -1: 1 / 8, 0.25: 1 / 8, 0.75: 1 / 8, 1: 1 / 8, 2: 1 / 8, 3: 1 / 8, 3.75: 1 / 8}
     assert found.spikes_per_neuron == 3 / 4
+    assert found.confusion == ((2, 0), (1, 0))
     assert found.accuracy == pytest.approx(200 / 3)
     assert found.images == 3
 
@@ -59,5 +65,12 @@ def test_measure_json(unbroken, tmp_path):
     assert [layer["name"] for layer in last["layers"]] == ["relu1", "relu2", "relu3", "relu4"]
     assert {"threshold", "leak", "rate", "dead", "saturated"} <= last["layers"][0].keys()
     assert last["test_images"] == 1000
+    assert [operation["name"] for operation in last["operations"]] == ["conv1", "conv2", "conv3", "conv4", "readout"]
+    assert [operation["input"] for operation in cnn["operations"]] == ["analog"] * 5
+    assert sum(map(sum, last["confusion"])) == 1000
+    assert 100 * sum(row[i] for i, row in enumerate(last["confusion"])) / 1000 == pytest.approx(last["test_accuracy"])
+    samples, _ = run.load(run.path / "samples.safetensors", last["index"])
+    assert samples["images"].shape == (8, 1, 28, 28)
+    assert samples["spikes.relu2"].shape == (8, 8, 14, 14)
     low, high = last["test_interval"]
     assert low < last["test_accuracy"] < high

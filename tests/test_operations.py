@@ -122,7 +122,7 @@ DRAW = st.fixed_dictionaries(
 @given(st.sampled_from([Chain, Residual]), DRAW, st.integers(1, 5))
 def test_additions_are_those_of_spikes_that_walk(kind, draw, steps):
     torch.manual_seed(0)
-    cnn, images = kind(draw), torch.randn(2, 2, 6, 5)
+    cnn, images = kind(draw), torch.randn(2, 2, 9, 8)
     cnn(images)
     for parameter in cnn.parameters():
         nn.init.normal_(parameter)
@@ -134,7 +134,7 @@ def test_additions_are_those_of_spikes_that_walk(kind, draw, steps):
         walked.update(dict(cnn.walk([layer[step, image] for layer in spikes], spikes[0].shape[2:])))
     assert found[0].input == "analog"
     assert [operation.name for operation in found[1:]] == list(walked)
-    measured = measure(snn, [(images, torch.zeros(2))], steps=steps, device="cpu").operations
+    measured = measure(snn, [(images, torch.zeros(2).long())], steps=steps, device="cpu").operations
     assert [2 * row.additions for row in measured[1:]] == list(walked.values())
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from unitstep.energy import Model
     from unitstep.exporting import Parity
     from unitstep.ladder import Progress
 
@@ -291,20 +292,25 @@ def _measure(arguments: list[str]) -> int:
         data: str | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         bad_images: Literal["refuse", "skip"] = "refuse",
+        pj: tuple[float, float] | None = None,
         threads: int | None = None,
     ) -> int:
-        """Evaluate every finished stage of a run once on the test images; writes measure.json and prints the table.
+        """Evaluate every finished stage of a run once on the test images; writes measure.json and prints accuracies,
+        spikes, operations, and energy by several models.
 
         Args:
             run: Folder of the run.
             data: Where the images are, if no longer where the run's recipe says.
             device: Where to evaluate; auto takes a GPU if there is one.
             bad_images: What to do with images that cannot be read.
+            pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
             threads: CPU threads to use; None: all cores.
         """
         import torch
 
-        from unitstep import measurement
+        from unitstep import energy, measurement
+
+        models = energy.MODELS | ({"own": energy.own(*pj)} if pj else {})
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -313,6 +319,7 @@ def _measure(arguments: list[str]) -> int:
                 str(run), data=data, device=device, bad_images=bad_images, progress=bars.measuring
             )
         _console().print(_stage_table(result))
+        _console().print(_energy_table(result, models))
         return 0
 
     return tyro.cli(measure, prog="unitstep measure", args=arguments)
@@ -486,6 +493,29 @@ def _stage_table(result: dict[str, Any]) -> "Table":
         stage = "CNN" if row["steps"] is None else f"T={row['steps']}"
         accuracies = f"{row['val_accuracy']:.2f}", f"{row['test_accuracy']:.2f}", f"{low:.2f} – {high:.2f}"
         table.add_row(stage, *accuracies, spikes, f"{row['seconds']:.0f}")
+    return table
+
+
+def _energy_table(result: dict[str, Any], models: dict[str, "Model"]) -> "Table":
+    """Operations per image of each stage, and how many times less energy than the CNN's, fp32 / int8, by each model."""
+    from rich.table import Column, Table
+
+    from unitstep.energy import total
+
+    names = ["stage", "multiplications", "additions", *models]
+    text = [f"{name}: {' '.join((model.__doc__ or '').split())}" for name, model in models.items()]
+    title = "Energy of the CNN (fp32 / int8) ÷ energy of this network, by model. None of them is a measurement."
+    columns = (Column(name, justify="left" if name == "stage" else "right") for name in names)
+    table = Table(
+        *columns, box=None, title=title, caption="\n".join(text), title_justify="left", caption_justify="left"
+    )
+    for row in result["stages"]:
+        if row["steps"] is None or not row["operations"]:
+            continue
+        sums = [sum(layer[key] for layer in row["operations"]) for key in ("multiplied", "additions")]
+        found = [total(row, model) for model in models.values()]
+        ratios = (f"{each.cnn_fp32 / each.snn:.1f} / {each.cnn_int8 / each.snn:.2f}" for each in found)
+        table.add_row(f"T={row['steps']}", *(f"{number / 1e6:.2f} M" for number in sums), *ratios)
     return table
 
 

@@ -13,13 +13,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from unitstep.calibration import Activity, record
 from unitstep.conversion import Spiking, trace
 from unitstep.data import Split, load_test
 from unitstep.files import read_json, write_json
+from unitstep.fusing import per_channel
 from unitstep.ladder import choose_device, forward
-from unitstep.neuron import compiled, compiler_available
+from unitstep.neuron import LIF, compiled, compiler_available, membranes
 from unitstep.operations import Input, Operation, operations
-from unitstep.runs import SCHEMA, Run, provenance
+from unitstep.runs import SCHEMA, Finished, Run, provenance
+
+HEALTH_IMAGES = 64  # on which membranes are looked at
+CONFUSED = 100  # classes of which a confusion matrix is kept, at most
+SAMPLES_FILE = "samples.safetensors"
+SAMPLES, SAMPLE_LAYERS, SAMPLE_CHANNELS = 8, 3, 8  # images of which spikes are kept, in the first layers and channels
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,16 @@ class LayerMeasurement:
     """Share of the neurons that emitted no spike on any image."""
     saturated: float
     """Share of the neurons that emitted a spike at every step of every image."""
+    dead_channels: float
+    """Share of the channels without a spike on any image."""
+    saturated_channels: float
+    """Share of the channels all of whose neurons are saturated."""
+    surrogate: float
+    """Share of the membranes, before the reset, between 0 and two thresholds, where the surrogate gradient is not 0:
+    what is outside does not learn. Of the first images, over all steps."""
+    membranes: tuple[float, ...]
+    """Where these membranes are: their shares in bins of a quarter threshold from −2 to 4, with what is beyond in the
+    first and last."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +62,13 @@ class OperationMeasurement:
     name: str
     input: Input
     """"analog", "binary" spikes, or "integer": counts of spikes that pools or additions made."""
+    static: bool
+    """Whether its input is the same at every step, so that it is computed once."""
     macs: int
     """Multiply-accumulates of one pass, as an ordinary network has them."""
     multiplied: int
-    """Multiply-accumulates that are done: `macs` for an input that is the same at every step, T times as many for
-    another analog one, 0 for spikes."""
+    """Multiply-accumulates that are done: `macs` for a static input, T times as many for another analog one, 0 for
+    spikes."""
     additions: float
     """Spike-exact: one for each output that a spike reaches, mean over the images."""
     additions_by_rate: float
@@ -74,6 +93,8 @@ class Measurement:
     seconds: float
     layers: tuple[LayerMeasurement, ...]
     operations: tuple[OperationMeasurement, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    """Images of each class (rows) by the class they were taken for (columns); empty above 100 classes."""
 
 
 def measure(
@@ -96,7 +117,7 @@ def measure(
     first = next(batches, None)
     if first is None:
         raise ValueError("there are no images to measure on")
-    found = _operations(net, first[0][:1].to(where), steps)
+    snn, found = net, _operations(net, first[0][:1].to(where), steps)
     lifs = net.lifs if isinstance(net, Spiking) and steps is not None else {}
     counted: dict[str, nn.Module] = dict(lifs)
     pools = {name for operation in found for name in operation.fan_out} - lifs.keys()
@@ -113,27 +134,34 @@ def measure(
         return hook
 
     hooks = [module.register_forward_hook(count(name)) for name, module in counted.items()]
-    right, images_seen, started = 0, 0, time.perf_counter()
+    right, images_seen, confusion, started = 0, 0, torch.zeros(0), time.perf_counter()
     try:
         with torch.no_grad(), compiled(where.type == "cuda" and compiler_available(where)):
             for images, labels in itertools.chain([first], batches):
                 logits = forward(net, images.to(where), steps)
-                right += int((logits.argmax(1) == labels.to(where)).sum())
+                said, labels = logits.argmax(1), labels.to(where).long()
+                right += int((said == labels).sum())
                 images_seen += len(labels)
+                if (classes := logits.shape[1]) <= CONFUSED:
+                    known = labels < classes
+                    pairs = (labels * classes + said)[known].bincount(minlength=classes**2).view(classes, classes)
+                    confusion = confusion + pairs if len(confusion) else pairs
                 if progress:
                     progress(images_seen)
     finally:
         for hook in hooks:
             hook.remove()
     seconds = time.perf_counter() - started
-    layers = tuple(
-        _layer(name, lif.threshold.mean().item(), lif.leak.item(), spikes[name].flatten(), images_seen, steps or 1)
-        for name, lif in lifs.items()
-    )
+    layers: tuple[LayerMeasurement, ...] = ()
+    if isinstance(snn, Spiking) and steps is not None:
+        with torch.no_grad(), record(snn) as seen:
+            forward(snn, first[0][:HEALTH_IMAGES].to(where), steps)
+        layers = tuple(_layer(name, lif, spikes[name], seen[name], images_seen) for name, lif in lifs.items())
     return Measurement(
         steps, images_seen, 100 * right / images_seen, wilson(right, images_seen),
         _rate(lifs, spikes, images_seen) if lifs else None, seconds, layers,
         tuple(_cost(operation, spikes, images_seen, steps or 1) for operation in found),
+        tuple(tuple(row) for row in confusion.tolist()),
     )  # fmt: skip
 
 
@@ -171,7 +199,7 @@ def _rate(names: Iterable[str], spikes: dict[str, Tensor], images: int) -> float
 def _cost(operation: Operation, spikes: dict[str, Tensor], images: int, steps: int) -> OperationMeasurement:
     o, analog = operation, operation.input == "analog"
     return OperationMeasurement(
-        o.name, o.input, o.macs,
+        o.name, o.input, o.static, o.macs,
         multiplied=o.macs * (1 if o.static else steps) if analog else 0,
         additions=o.additions(spikes) / images,
         additions_by_rate=0.0 if analog else _rate(o.neurons, spikes, images) * o.macs,
@@ -179,12 +207,23 @@ def _cost(operation: Operation, spikes: dict[str, Tensor], images: int, steps: i
     )  # fmt: skip
 
 
-def _layer(name: str, threshold: float, leak: float, fired: Tensor, images: int, steps: int) -> LayerMeasurement:
-    neurons = len(fired)
-    dead, saturated = int((fired == 0).sum()), int((fired == images * steps).sum())
+def _layer(name: str, lif: LIF, spikes: Tensor, seen: Activity, images: int) -> LayerMeasurement:
+    """spikes: [C, …], of each neuron over all images and steps.  seen: the first images."""
+    neurons, steps = spikes.numel(), len(seen.spikes)
+    by_channel = spikes.flatten(1) if spikes.dim() > 1 else spikes.unsqueeze(1)
+    dead, saturated = by_channel == 0, by_channel == images * steps
+    V = per_channel(seen.threshold, seen.current.dim() - 1)
+    left = lif.initial * V if lif.initial else None
+    states = membranes(seen.current, V, lif.leak.detach(), steps, left)
+    relative = torch.stack([(membrane / V).float() for _, membrane, _ in states])
+    bins = (relative.clamp(-1.99, 3.99) + 2).mul(4).long()  # of a quarter, from −2 to 4
     return LayerMeasurement(
-        name, neurons, threshold, leak, int(fired.sum()) / images / neurons, dead / neurons, saturated / neurons
-    )
+        name, neurons, lif.threshold.mean().item(), lif.leak.item(), int(spikes.sum()) / images / neurons,
+        dead.float().mean().item(), saturated.float().mean().item(),
+        dead.all(1).float().mean().item(), saturated.all(1).float().mean().item(),
+        ((relative > 0) & (relative < 2)).float().mean().item(),
+        tuple((bins.flatten().bincount(minlength=24) / bins.numel()).tolist()),
+    )  # fmt: skip
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -228,7 +267,7 @@ def measure_run(
             | {"test_accuracy": found["accuracy"], "test_interval": found["interval"]}
             | {"test_images": found["images"], "test_seconds": found["seconds"]}
             | {"spikes_per_neuron": found["spikes_per_neuron"], "layers": found["layers"]}
-            | {"operations": found["operations"]}
+            | {"operations": found["operations"], "confusion": found["confusion"]}
         )
     result = {
         "schema": SCHEMA,
@@ -238,5 +277,21 @@ def measure_run(
         "trained": {key: run.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")},
         "stages": rows,
     }
+    if finished[-1].index > 0:
+        _write_samples(run, finished[-1], test)
     write_json(run.path / "measure.json", result)
     return read_json(run.path / "measure.json")
+
+
+@torch.no_grad()
+def _write_samples(run: Run, stage: Finished, test: Split) -> None:
+    """Write the first test images, what they were taken for, and where the first layers fired, to samples.safetensors:
+    images uint8 [8, C, H, W]; labels and predictions [8]; spikes.NAME, spikes over all steps, uint8 [8, ≤ 8, H, W]."""
+    images, labels = next(test.batches(SAMPLES))
+    with record(snn := run.net(stage.index)) as seen:  # type: ignore[arg-type]
+        logits = forward(snn, images, stage.stage.steps)
+    tensors = {"images": images, "labels": labels, "predictions": logits.argmax(1)}
+    for name, layer in itertools.islice(seen.items(), SAMPLE_LAYERS):
+        if layer.spikes.dim() == 5:
+            tensors[f"spikes.{name}"] = layer.spikes[:, :, :SAMPLE_CHANNELS].sum(0).to(torch.uint8)
+    run.save(run.path / SAMPLES_FILE, tensors, stage.index)
