@@ -5,13 +5,13 @@ The network is VGG16's thirteen convolutions with batch norm and one linear laye
 weights: what it computes does not matter to the clock. All take raw uint8 images and return logits.
 """
 
-import random
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from unitstep.calibration import to_spiking
 from unitstep.exporting import INPUT, onnx_of, to_onnx
 from unitstep.running import Model, open_model
 from unitstep.runs import machine
+from unitstep.timing import race
 
 NET, CLASSES, SIZE = "vgg16-conv", 10, 32
 BATCHES, ROUNDS, SECONDS = (1, 64), 9, 0.5  # images at a time; rounds over all; seconds for each in a round
@@ -42,7 +43,7 @@ class Speed:
     name: str
     batch: int
     threads: int
-    rounds: list[float] = field(default_factory=list)
+    rounds: list[float]
 
     @property
     def median(self) -> float:
@@ -112,29 +113,20 @@ class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
 
 
 def _race(files: _Files, cnn: nn.Module, images: Tensor, threads: int) -> list[Speed]:
-    """All contenders at one batch size and number of threads, in another order in each round: threads of the one before
-    may still spin. So the first call of each turn is not timed, either."""
+    """All contenders at one batch size and number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
             contenders = dict(_contenders(files, cnn, threads))
-            speeds = {name: Speed(name, len(images), threads) for name in contenders}
-            for call in contenders.values():
-                call(images)  # compiles, allocates
-                call(images)
-            for turn in range(ROUNDS):
-                for name in random.Random(turn).sample(list(contenders), len(contenders)):
-                    call = contenders[name]
-                    call(images)
-                    calls, started = 0, time.perf_counter()
-                    while (spent := time.perf_counter() - started) < SECONDS or calls == 0:
-                        call(images)
-                        calls += 1
-                    speeds[name].rounds.append(calls * len(images) / spent)
+            calls = {name: partial(call, images) for name, call in contenders.items()}
+            turns = race(calls, rounds=ROUNDS, seconds=SECONDS)
+            return [
+                Speed(name, len(images), threads, [len(images) * len(turn) / sum(turn) for turn in found])
+                for name, found in turns.items()
+            ]
     finally:
         torch.set_num_threads(before)
-    return list(speeds.values())
 
 
 def _contenders(files: _Files, cnn: nn.Module, threads: int) -> Iterator[tuple[str, Call]]:

@@ -293,6 +293,7 @@ def _measure(arguments: list[str]) -> int:
         device: Literal["auto", "cpu", "cuda"] = "auto",
         bad_images: Literal["refuse", "skip"] = "refuse",
         pj: tuple[float, float] | None = None,
+        speed: bool = True,
         threads: int | None = None,
     ) -> int:
         """Evaluate every finished stage of a run once on the test images; writes measure.json and prints accuracies,
@@ -304,6 +305,7 @@ def _measure(arguments: list[str]) -> int:
             device: Where to evaluate; auto takes a GPU if there is one.
             bad_images: What to do with images that cannot be read.
             pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
+            speed: Time the networks, too, in PyTorch and in the runtimes that are installed; nothing else should run.
             threads: CPU threads to use; None: all cores.
         """
         import torch
@@ -316,10 +318,12 @@ def _measure(arguments: list[str]) -> int:
             torch.set_num_threads(threads)
         with _bars() as bars:
             result = measurement.measure_run(
-                str(run), data=data, device=device, bad_images=bad_images, progress=bars.measuring
+                str(run), data=data, device=device, bad_images=bad_images, speed=speed, progress=bars.measuring
             )
         _console().print(_stage_table(result))
         _console().print(_energy_table(result, models))
+        if speed:
+            _console().print(_speed_table(result))
         return 0
 
     return tyro.cli(measure, prog="unitstep measure", args=arguments)
@@ -493,6 +497,31 @@ def _stage_table(result: dict[str, Any]) -> "Table":
         stage = "CNN" if row["steps"] is None else f"T={row['steps']}"
         accuracies = f"{row['val_accuracy']:.2f}", f"{row['test_accuracy']:.2f}", f"{low:.2f} – {high:.2f}"
         table.add_row(stage, *accuracies, spikes, f"{row['seconds']:.0f}")
+    return table
+
+
+def _speed_table(result: dict[str, Any]) -> "Table":
+    from rich.table import Column, Table
+
+    names = (
+        "network",
+        "runtime",
+        "1 image: median ms",
+        "99 % below ms",
+        "images per second",
+        "at batch",
+        "memory for 64, MB",
+    )
+    columns = (Column(name, justify="left" if index < 2 else "right") for index, name in enumerate(names))
+    machine = result["machine"]
+    title = f"Speed on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads"
+    table = Table(*columns, box=None, title=title, title_justify="left")
+    for row in result["speed"]:
+        memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f}"
+        times = f"{1000 * row['p50']:.2f}", f"{1000 * row['p99']:.2f}"
+        table.add_row(
+            row["name"], row["runtime"], *times, f"{row['images_per_second']:,.0f}", str(row["batch"]), memory
+        )
     return table
 
 

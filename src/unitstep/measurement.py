@@ -22,6 +22,7 @@ from unitstep.ladder import choose_device, forward
 from unitstep.neuron import LIF, compiled, compiler_available, membranes
 from unitstep.operations import Input, Operation, operations
 from unitstep.runs import SCHEMA, Finished, Run, provenance
+from unitstep.speed import time_run
 
 HEALTH_IMAGES = 64  # on which membranes are looked at
 CONFUSED = 100  # classes of which a confusion matrix is kept, at most
@@ -240,12 +241,14 @@ def measure_run(
     data: str | None = None,
     device: str = "auto",
     bad_images: Literal["refuse", "skip"] = "refuse",
+    speed: bool = False,
     progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate every finished stage of `run` once on the test split and write measure.json, whose content is returned.
 
-    data: where the images are now, if no longer where the recipe says.  progress: called with (stage name, images
-    done, images in all). ValueError if no stage is finished or the data set has other classes than the run.
+    data: where the images are now, if no longer where the recipe says.  speed: time the networks, too, which says
+    something only if nothing else runs meanwhile.  progress: called with (what, done, in all).
+    ValueError if no stage is finished or the data set has other classes than the run.
     """
     run = run if isinstance(run, Run) else Run(run)
     r = run.recipe
@@ -257,6 +260,7 @@ def measure_run(
         raise ValueError(
             f"the test images have the classes {test.classes}, but the run was trained on {finished[0].classes}"
         )
+    first, _ = next(test.batches(64))
     rows = []
     for stage in finished:
         tell = partial(progress, stage.stage.name, total=len(test)) if progress else None
@@ -276,6 +280,7 @@ def measure_run(
         **provenance(),
         "trained": {key: run.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")},
         "stages": rows,
+        "speed": [asdict(each) for each in time_run(run, first, device=device, progress=progress)] if speed else [],
     }
     if finished[-1].index > 0:
         _write_samples(run, finished[-1], test)

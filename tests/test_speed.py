@@ -1,0 +1,47 @@
+"""Timing: everyone has its turns; memory is seen; all networks of a run take part."""
+
+import time
+
+import numpy as np
+import torch
+
+from unitstep import speed
+from unitstep.timing import peak_memory, race
+
+
+def test_everyone_has_a_turn_in_every_round_and_the_first_call_is_not_timed():
+    called = []
+    found = race({name: lambda name=name: called.append(name) for name in "abc"}, rounds=3, seconds=0.0)
+    assert {name: [len(turn) for turn in turns] for name, turns in found.items()} == dict.fromkeys("abc", [1, 1, 1])
+    assert called[:3] == list("abc")
+    turns = [called[start : start + 2] for start in range(3, len(called), 2)]
+    assert all(first == second for first, second in turns)
+    orders = ["".join(name for name, _ in turns[start : start + 3]) for start in (0, 3, 6)]
+    assert all(sorted(order) == list("abc") for order in orders)
+    assert len(set(orders)) > 1
+
+
+def test_slow_and_fast():
+    found = race({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, rounds=2, seconds=0.05)
+    assert min(found["slow"][0]) >= 0.02
+    assert len(found["fast"][1]) > len(found["slow"][1])
+
+
+def test_peak_memory_is_that_of_what_is_freed_again():
+    if peak_memory(lambda: None) is None:
+        return  # the system does not say
+    assert 40e6 < peak_memory(lambda: np.ones(6_250_000).sum()) < 80e6
+
+
+def test_all_networks_of_a_run(unbroken, monkeypatch):
+    monkeypatch.setattr(speed, "ONE", (1, 0.0))
+    monkeypatch.setattr(speed, "MANY", (1, 0.0))
+    images = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8)
+    found = speed.time_run(unbroken, images, device="cpu", batches=(2, 4))
+    steps = [stage.stage.steps for stage in unbroken.stages]
+    assert [row.steps for row in found if row.runtime == "PyTorch"] == steps
+    assert {row.steps for row in found if row.runtime == "ONNX Runtime"} == {None, 1}
+    for row in found:
+        assert 0 < row.p50 <= row.p99
+        assert row.batch in (2, 4)
+        assert row.images_per_second > 0
