@@ -8,19 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RECORDS, spread
+from unitstep.reporting import PAPER
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 COLUMNS = (None, 5, 4, 3, 2, 1)
 
-# arXiv 2110.05929: (data, network): test accuracy in percent of the CNN and T = 5 … 1; is the last in the abstract?
-PAPER: dict[tuple[str, str], tuple[tuple[float, ...], bool]] = {
-    ("cifar10", "vgg6"): ((91.59, 90.61, 90.52, 90.40, 90.05, 89.10), False),
-    ("cifar10", "vgg16"): ((94.10, 93.90, 93.87, 93.85, 93.72, 93.05), True),
-    ("cifar10", "resnet20"): ((93.34, 92.62, 92.58, 92.56, 92.11, 91.10), False),
-    ("cifar100", "vgg16"): ((72.46, 71.58, 71.51, 71.46, 71.43, 70.15), True),
-    ("cifar100", "resnet20"): ((65.90, 65.57, 65.37, 65.16, 64.86, 63.30), False),
-    ("imagenet-1k", "vgg16-imagenet"): ((70.08, 69.05, 69.03, 69.01, 69.00, 67.71), True),
-}
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet-1k": "ImageNet", "vgg6": "VGG6", "vgg16": "VGG16",
          "vgg16-imagenet": "VGG16", "resnet20": "ResNet20"}  # fmt: skip
 

@@ -12,7 +12,7 @@ from unitstep.timing import peak_memory, race
 def test_everyone_has_a_turn_in_every_round_and_the_first_call_is_not_timed():
     called = []
     found = race({name: lambda name=name: called.append(name) for name in "abc"}, rounds=3, seconds=0.0)
-    assert {name: [len(turn) for turn in turns] for name, turns in found.items()} == dict.fromkeys("abc", [1, 1, 1])
+    assert {name: [len(turn) for turn in turns] for name, turns in found.items()} == {name: [1, 1, 1] for name in "abc"}
     assert called[:3] == list("abc")
     turns = [called[start : start + 2] for start in range(3, len(called), 2)]
     assert all(first == second for first, second in turns)

@@ -17,11 +17,13 @@ _WHERE = {
     "ladder": ("train",),
     "compact": ("pretrained",),
     "measurement": ("Measurement", "measure", "measure_run"),
+    "reporting": ("report",),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [  # the public API
     "LIF", "to_spiking", "Spiking", "Report", "ConversionError", "record", "Recipe", "Stage", "RECIPES", "recipe",
     "train", "Run", "load", "pretrained", "to_onnx", "to_nir", "Parity", "Measurement", "measure", "measure_run",
+    "report",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from unitstep.neuromorphic import to_nir
     from unitstep.neuron import LIF
     from unitstep.recipes import RECIPES, Recipe, Stage, recipe
+    from unitstep.reporting import report
     from unitstep.runs import Run, load
 
 

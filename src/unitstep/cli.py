@@ -33,7 +33,8 @@ usage: unitstep VERB …      (unitstep VERB --help tells more)
   convert MODULE:FUNCTION …     make your own trained CNN the start of a run, and say what becomes of each layer
   train --from RUN              go on with a run: the spiking stages of your own CNN, or a stopped run
   pack IMAGES --out FOLDER      decode a data set once, into a few tensor files that train and measure take as --data
-  measure RUN                   evaluate every stage of a run once on the test images
+  measure RUN                   evaluate every stage of a run once on the test images: accuracy, spikes, energy, speed
+  report RUN … --out PAGE       one HTML page about runs that have been measured
   export RUN --out FILE.onnx    write a run's network for ordinary runtimes, and prove that it is the same network
   predict IMAGES                say what an exported network, or the shipped one, sees in image files
   bench deploy                  time a one-timestep network in ordinary runtimes against CNNs and other libraries
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     verbs: dict[str, Callable[[list[str]], int]] = {
         "recipes": _recipes, "train": _train, "convert": _convert, "pack": _pack, "measure": _measure,
-        "export": _export, "predict": _predict, "bench": _bench,
+        "report": _report, "export": _export, "predict": _predict, "bench": _bench,
     }  # fmt: skip
     if verb in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -327,6 +328,27 @@ def _measure(arguments: list[str]) -> int:
         return 0
 
     return tyro.cli(measure, prog="unitstep measure", args=arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    import tyro
+
+    def report(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path, format: Literal["html", "md"] = "html"
+    ) -> int:
+        """Write one page about runs that have been measured: a file that works offline. Nothing is run again.
+
+        Args:
+            runs: Folders of runs, of the same images. Runs of one recipe with other seeds are shown as mean and spread.
+            out: The file, overwritten if it is there.
+            format: html, or md for the tables as Markdown.
+        """
+        from unitstep import reporting
+
+        _say(f"{reporting.report(runs, out, format=format)} is written")
+        return 0
+
+    return tyro.cli(report, prog="unitstep report", args=arguments)
 
 
 def _export(arguments: list[str]) -> int:

@@ -1,0 +1,169 @@
+"""The report: its tables, what it refuses, and the page in a real browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from unitstep import Run, measure_run, report
+from unitstep.reporting import health
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Run in the page after it has drawn, in place of a person: what it finds out becomes the page's title.
+VISIT = """
+<script>addEventListener("load", async () => {
+  const plots = [...document.querySelectorAll(".plot")], seen = {};
+  seen.drawn = plots.map(plot => plot.querySelectorAll(".trace, .hm, .point, .scatterlayer path").length);
+  seen.wide = document.documentElement.scrollWidth > innerWidth;
+  Plotly.Fx.hover("overview", [{ curveNumber: 0, pointNumber: 0 }]);
+  seen.hover = document.querySelector("#overview .hovertext")?.textContent;
+  const energies = () => document.getElementById("layers0").data.map(trace => trace.y.join());
+  const before = energies(), model = document.getElementById("model");
+  model.value = "memory"; model.dispatchEvent(new Event("change"));
+  seen.switched = energies().every((y, i) => y !== before[i]);
+  seen.about = document.getElementById("about").textContent;
+  HTMLAnchorElement.prototype.click = function () { seen.download = this.download; };
+  document.querySelector(".csv").click();
+  seen.requests = performance.getEntriesByType("resource").map(entry => entry.name);
+  seen.requests = seen.requests.filter(name => !/^(data|blob):/.test(name));
+  seen.errors = window.errors;
+  document.title = JSON.stringify(seen);
+});</script></body>"""
+ERRORS = """<head><script>window.errors = []; addEventListener("error", event => errors.push(event.message));
+const say = console.error; console.error = (...words) => { errors.push(words.join(" ")); say(...words); };</script>"""
+
+
+@pytest.fixture(scope="module")
+def measured(unbroken, tmp_path_factory):
+    run = Run(shutil.copytree(unbroken.path, tmp_path_factory.mktemp("report") / "run"))
+    measure_run(run, device="cpu")
+    found = run.measurement
+    row = {"name": "CNN", "steps": None, "runtime": "PyTorch", "p50": 0.001, "p99": 0.002, "batch": 16}
+    found["speed"] = [row | {"images_per_second": 4000.0, "memory": None}]
+    (run.path / "measure.json").write_text(json.dumps(found))
+    return run
+
+
+def copied(run, folder, change):
+    """A copy of `run` with something changed in its measure.json."""
+    made = Run(shutil.copytree(run.path, folder))
+    found = made.measurement
+    change(found)
+    (made.path / "measure.json").write_text(json.dumps(found))
+    return made
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page in")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_in_a_browser(measured, width, tmp_path):
+    page = report([measured], tmp_path / "report.html").read_text()
+    page = page.replace("<head>", ERRORS, 1).replace("</body>", VISIT)
+    (tmp_path / "visited.html").write_text(page)
+    frame = tmp_path / "frame.html"  # a window has a least width, a frame has not
+    frame.write_text(
+        f'<iframe src="visited.html" style="width:{width}px;height:900px"></iframe><script>setInterval(() => {{ '
+        "document.title = frames[0].document.title; }, 50);</script>"
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--virtual-time-budget=10000", f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    title = re.search(r"<title>(\{.*?)</title>", done.stdout, re.DOTALL)
+    assert title, done.stdout[-2000:] + done.stderr[-2000:]
+    seen = json.loads(html.unescape(title[1]))
+    assert seen["errors"] == []
+    assert seen["requests"] == []
+    assert len(seen["drawn"]) == 11
+    assert 0 not in seen["drawn"]
+    assert not seen["wide"]
+    assert re.search(r"T = 2: \d+\.\d\d %", seen["hover"])
+    assert seen["switched"]
+    assert seen["about"].startswith("The int8 model and the traffic")
+    assert seen["download"] == "fashion-mini-Stages.csv"
+
+
+def test_the_tables_as_markdown(measured, tmp_path):
+    text = report([measured], tmp_path / "report.md", format="md").read_text()
+    found = measured.measurement["stages"][-1]
+    assert f"| T = 1 | {found['val_accuracy']:.2f} | {found['test_accuracy']:.2f} |" in text
+    assert f"{found['operations'][0]['macs']:,}" in text
+    assert "| CNN, PyTorch | 1.00 | 2.00 | 4,000 | 16 |  |" in text
+    assert "- seeds: 0" in text
+
+
+def test_seeds_of_one_recipe_are_a_mean_with_its_spread(measured, tmp_path):
+    def other(found):
+        found["recipe"]["seed"] = 1
+        found["stages"][-1]["test_accuracy"] += 2
+
+    runs = [measured, copied(measured, tmp_path / "other", other)]
+    text = report(runs, tmp_path / "report.md", format="md").read_text()
+    accuracy = measured.measurement["stages"][-1]["test_accuracy"] + 1
+    assert f"{accuracy:.2f} ± 1.41" in text
+    assert text.count("## Stages") == 1
+
+
+def test_other_recipes_stand_beside_each_other(measured, tmp_path):
+    def other(found):
+        found["recipe"]["dropout"] = 0.3
+
+    runs = [measured, copied(measured, tmp_path / "other", other)]
+    text = report(runs, tmp_path / "report.html").read_text()
+    assert text.count('<p class="verdict">') == 2
+    assert "fashion-mini, other" in text
+
+
+def test_half_a_run_shows_what_is_there(measured, tmp_path):
+    def half(found):
+        del found["stages"][2:]
+
+    run = copied(measured, tmp_path / "half", half)
+    (run.path / "samples.safetensors").unlink()
+    text = report([run], tmp_path / "half.md", format="md").read_text()
+    assert "| T = 1 | not trained yet |" in text
+    assert "At T = 2, " in text
+
+    def less(found):
+        del found["stages"][1:]
+
+    run = copied(run, tmp_path / "less", less)
+    assert "Only the CNN" in report([run], tmp_path / "less.html").read_text()
+
+
+def test_what_cannot_be_shown_is_told(measured, unbroken, tmp_path):
+    with pytest.raises(ValueError, match="has not been measured: unitstep measure"):
+        report([unbroken], tmp_path / "a.html")
+    with pytest.raises(ValueError, match="give at least one run"):
+        report([], tmp_path / "a.html")
+    with pytest.raises(ValueError, match="not a run folder"):
+        report([tmp_path], tmp_path / "a.html")
+    with pytest.raises(ValueError, match="format must be html or md"):
+        report([measured], tmp_path / "a.html", format="pdf")
+    others = copied(measured, tmp_path / "others", lambda found: found["data"].update(test_images=5))
+    with pytest.raises(ValueError, match=r"other images \(5 of 10 classes\).*a report for each data set"):
+        report([measured, others], tmp_path / "a.html")
+    old = copied(measured, tmp_path / "old", lambda found: found["stages"][0].pop("confusion"))
+    with pytest.raises(ValueError, match=r"older version.*unitstep measure"):
+        report([old], tmp_path / "a.html")
+    empty = copied(measured, tmp_path / "empty", lambda found: found.pop("stages"))
+    with pytest.raises(ValueError, match=r"measure\.json is damaged"):
+        report([empty], tmp_path / "a.html")
+    (empty.path / "measure.json").write_text("{")
+    with pytest.raises(ValueError, match=r"measure\.json"):
+        report([empty], tmp_path / "a.html")
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_health_in_words():
+    good = {"name": "relu1", "rate": 0.2, "dead_channels": 0.0, "saturated_channels": 0.0, "surrogate": 0.5}
+    layers = [
+        good, good | {"name": "relu2", "dead_channels": 0.31}, good | {"name": "relu3", "rate": 0, "dead_channels": 1},
+        good | {"name": "relu4", "saturated_channels": 0.5}, good | {"name": "relu5", "surrogate": 0.01},
+    ]  # fmt: skip
+    said = health({"stages": [{"steps": 1, "layers": layers}]})
+    assert [sentence.split(" ")[0].rstrip(":") for sentence in said] == ["relu2", "relu3", "relu4", "relu5"]
+    assert said[0].startswith("relu2 at T = 1: 31 % of the channels never fire")
