@@ -8,7 +8,7 @@ number of epochs each. A CNN costs as much per pass as T = 1, so training from s
 All accuracies are of the validation images: ladders are chosen here.
 
 The record is written after every run; the same command goes on. Seeds are outermost, so that what is there after any
-seed is complete. `--variants LADDER` then changes one thing at a time on that ladder. At the end docs/controls-table.md
+seed is complete. `--variants LADDER` changes one thing at a time on that ladder instead. At the end docs/controls-table.md
 and docs/controls.png are written.
 """
 
@@ -41,6 +41,7 @@ LADDERS: dict[str, tuple[int, ...]] = {  # timesteps of the rungs above T = 1
 }  # fmt: skip
 CNN = Recipe("control-cnn", "", "vgg-small", (Stage(None, CNN_EPOCHS, 0.1),), padding=2, border="mirror", whiten=True)
 VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept: fields of the recipe or of its stages
+    "weights of 8 bits": {"weight_bits": 8},
     "batch norm folded first": {"norm": "fold"},
     "max pools": {"pool": "max"},
     "readout sum": {"readout": "sum"},
@@ -91,12 +92,10 @@ class Control:
 
 def controls(variants: str | None, seeds: Sequence[int] = SEEDS) -> Iterator[Control]:
     for seed in seeds:
-        for norm in NORMS:
-            for ladder in LADDERS:
-                yield Control(ladder, norm, "", seed)
-    for seed in seeds if variants else ():
-        for variant in VARIANTS:
-            yield Control(variants or "", "keep", variant, seed)
+        if variants:
+            yield from (Control(variants, "keep", variant, seed) for variant in VARIANTS)
+        else:
+            yield from (Control(ladder, norm, "", seed) for norm in NORMS for ladder in LADDERS)
 
 
 def run(control: Control, data: str, out: Path, deadline: float, **options: Any) -> dict[str, Any] | None:
@@ -135,8 +134,9 @@ def recorded() -> list[dict[str, Any]]:
 
 def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
     """The runs of each (norm, ladder, variant), one per seed."""
+    order = ["", *VARIANTS]
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (order.index(row["variant"]), NORMS.index(row["norm"]), row["seed"])):
         found.setdefault((row["norm"], row["ladder"], row["variant"]), []).append(row)
     return found
 
@@ -201,7 +201,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many minutes, to go on later")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="some only: processes may share the work")
-    parser.add_argument("--variants", metavar="LADDER", choices=list(LADDERS), help="then the variants, on this ladder")
+    parser.add_argument(
+        "--variants", metavar="LADDER", choices=list(LADDERS), help="the variants, on this ladder, instead"
+    )
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
