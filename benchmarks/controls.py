@@ -8,8 +8,8 @@ number of epochs each. A CNN costs as much per pass as T = 1, so training from s
 All accuracies are of the validation images: ladders are chosen here.
 
 The record is written after every run; the same command goes on. Seeds are outermost, so that what is there after any
-seed is complete. `--variants LADDER` changes one thing at a time on that ladder instead. At the end docs/controls-table.md
-and docs/controls.png are written.
+seed is complete. `--variants LADDER` changes one thing at a time on that ladder instead. At the end
+docs/controls-table.md and docs/controls.png are written.
 """
 
 import argparse

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.controls import table as controls_table
 from benchmarks.conversion import table as conversion_table
 from benchmarks.record import RECORDS, table
 from benchmarks.results import PAGE, page, records
@@ -42,6 +43,8 @@ def test_tables_are_those_of_the_records():
     conversion = json.loads((RECORDS / "conversion.json").read_text())
     assert conversion_table(conversion) == CONVERSION.with_name("conversion-table.md").read_text()
     assert deploy_table(json.loads((RECORDS / "deploy.json").read_text())) in README.read_text()
+    controls = json.loads((RECORDS / "controls.json").read_text())["rows"]
+    assert controls_table(controls) == CONVERSION.with_name("controls-table.md").read_text()
     ladders = records()
     assert ladders.keys() == RUN_TO_THE_END
     assert [name for name, found in ladders.items() if table(found) not in README.read_text()] == []

@@ -128,8 +128,8 @@ def measure(
     spikes: dict[str, Tensor] = {}  # of each neuron, and at each max pool's outputs, over all images and steps
 
     def count(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
-            fired = (out != 0).sum(0, dtype=torch.int64)
+        def hook(module: nn.Module, _inputs: Any, out: Tensor) -> None:
+            fired = _times_fired(out, module)
             spikes[name] = spikes[name] + fired if name in spikes else fired
 
         return hook
@@ -174,6 +174,20 @@ def _operations(net: nn.Module, image: Tensor, steps: int | None) -> tuple[Opera
         return operations(trace(net), image) if steps is None else ()
     except ValueError:
         return ()
+
+
+def _times_fired(out: Tensor, module: nn.Module) -> Tensor:
+    """How often each neuron fired: [B, …] → int64 […]. In the order in which values lie in memory, and of neurons,
+    which have one height, by their sums, since anything else takes longer than the network."""
+    last = out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)
+    out = out.permute(0, 2, 3, 1) if last else out
+    if isinstance(module, LIF):
+        height = module.threshold.detach() if module.height == "threshold" else torch.ones_like(module.threshold)
+        height = height if height.dim() == 0 or last else height.view(-1, *[1] * (out.dim() - 2))
+        fired = (out.sum(0) / height).round().long()
+    else:
+        fired = out.sign().sum(0).long()
+    return fired.permute(2, 0, 1) if last else fired
 
 
 def _with_taps(snn: Spiking, names: set[str]) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
