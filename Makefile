@@ -17,13 +17,14 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help demo test clean
 
 help:
-	@echo 'make demo    train a small spiking network down to one timestep and measure it (runs/demo)'
+	@echo 'make demo    train a small spiking network down to one timestep, measure it, write a report (runs/demo)'
 	@echo 'make test    lint, types, layers and tests'
 	@echo 'make clean   remove .venv, caches and build leftovers; runs/ stays'
 
 demo: .venv/.core
 	$(BIN)/unitstep train fashion-mini --out runs/demo
 	$(BIN)/unitstep measure runs/demo
+	$(BIN)/unitstep report runs/demo --out runs/demo/report.html
 
 test: export OMP_NUM_THREADS = 1
 test: .venv/.test
