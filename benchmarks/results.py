@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RECORDS, spread
-from unitstep.reporting import PAPER
+from unitstep.reporting import PAPER, PAPER_STEPS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-COLUMNS = (None, 5, 4, 3, 2, 1)
 
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet-1k": "ImageNet", "vgg6": "VGG6", "vgg16": "VGG16",
          "vgg16-imagenet": "VGG16", "resnet20": "ResNet20"}  # fmt: skip
@@ -56,7 +55,7 @@ def _paper(records: dict[str, dict[str, Any]]) -> str:
         text += f"| {NAMES[data]} | {NAMES[net]} | paper | {' | '.join(cells)} |\n"
         found = ours.get((data, net))
         stages = {stage["steps"]: stage for stage in found["stages"]} if found else {}
-        cells = [_spread(stages[steps]["test_accuracy"], 2) if steps in stages else "not run" for steps in COLUMNS]
+        cells = [_spread(stages[steps]["test_accuracy"], 2) if steps in stages else "not run" for steps in PAPER_STEPS]
         who = f"unitstep, n = {found['n']}" if found else "unitstep"
         text += f"| | | {who} | {' | '.join(cells)} |\n"
     return text

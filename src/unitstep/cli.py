@@ -551,10 +551,10 @@ def _energy_table(result: dict[str, Any], models: dict[str, "Model"]) -> "Table"
     """Operations per image of each stage, and how many times less energy than the CNN's, fp32 / int8, by each model."""
     from rich.table import Column, Table
 
-    from unitstep.energy import total
+    from unitstep.energy import about, total
 
     names = ["stage", "multiplications", "additions", *models]
-    text = [f"{name}: {' '.join((model.__doc__ or '').split())}" for name, model in models.items()]
+    text = [f"{name}: {about(model)}" for name, model in models.items()]
     title = "Energy of the CNN (fp32 / int8) ÷ energy of this network, by model. None of them is a measurement."
     columns = (Column(name, justify="left" if name == "stage" else "right") for name in names)
     table = Table(

@@ -103,6 +103,11 @@ def _compute(multiply: float, add: float, layer: Layer, additions: str = "additi
     return Energy(FP32_MAC * macs, INT8_MAC * macs, multiply * layer["multiplied"], add * layer[additions])
 
 
+def about(model: Model) -> str:
+    """What a model says of itself, in one line."""
+    return " ".join((model.__doc__ or "").split())
+
+
 MODELS: dict[str, Model] = {"paper": paper, "exact": exact, "int8": int8, "memory": memory}
 
 

@@ -26,7 +26,6 @@ from unitstep.speed import time_run
 
 HEALTH_IMAGES = 64  # on which membranes are looked at
 CONFUSED = 100  # classes of which a confusion matrix is kept, at most
-SAMPLES_FILE = "samples.safetensors"
 SAMPLES, SAMPLE_LAYERS, SAMPLE_CHANNELS = 8, 3, 8  # images of which spikes are kept, in the first layers and channels
 
 
@@ -167,7 +166,7 @@ def measure(
 
 
 def _operations(net: nn.Module, image: Tensor, steps: int | None) -> tuple[Operation, ...]:
-    """None for a network that cannot be traced: its accuracy can be measured all the same."""
+    """Empty for a CNN that cannot be traced: its accuracy can be measured all the same."""
     if isinstance(net, Spiking):
         return operations(net.fuse(), image)
     try:
@@ -313,4 +312,4 @@ def _write_samples(run: Run, stage: Finished, test: Split) -> None:
     for name, layer in itertools.islice(seen.items(), SAMPLE_LAYERS):
         if layer.spikes.dim() == 5:
             tensors[f"spikes.{name}"] = layer.spikes[:, :, :SAMPLE_CHANNELS].sum(0).to(torch.uint8)
-    run.save(run.path / SAMPLES_FILE, tensors, stage.index)
+    run.save(run.samples_path, tensors, stage.index)

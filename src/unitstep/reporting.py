@@ -97,13 +97,9 @@ def _groups(runs: Sequence[Run | str | Path]) -> list[Group]:
     for run, found in zip(opened, measured, strict=True):
         key = json.dumps(found["recipe"] | {"seed": 0, "data": ""}, sort_keys=True)
         if key not in groups:
-            name, number = (
-                run.recipe.name,
-                sum(group.runs[0].recipe.name == run.recipe.name for group in groups.values()),
-            )
-            groups[key] = Group(
-                name if not number else f"{name}, {run.path.name}", [], [], COLOURS[len(groups) % len(COLOURS)]
-            )
+            taken = any(group.runs[0].recipe.name == run.recipe.name for group in groups.values())
+            name = f"{run.recipe.name}, {run.path.name}" if taken else run.recipe.name
+            groups[key] = Group(name, [], [], COLOURS[len(groups) % len(COLOURS)])
         groups[key].runs.append(run)
         groups[key].measured.append(found)
     for group in groups.values():
@@ -161,16 +157,15 @@ def _cell(value: float | None, digits: int, spread: float | None = None) -> str:
 
 def _stage_table(group: Group) -> Table:
     rows: list[tuple[str, ...]] = []
+    n = len(group.runs)
     for row in group.stages:
-        rates = [_of_steps(found, row["steps"]) for found in group.measured]
-        low, high = rates[0]["test_interval"]
-        interval = f"{low:.2f} – {high:.2f}" if len(rates) == 1 else ""
+        low, high = _of_steps(group.first, row["steps"])["test_interval"]
+        interval = f"{low:.2f} – {high:.2f}" if n == 1 else ""
         numbers = _cell(row["spikes_per_neuron"][0], 3, row["spikes_per_neuron"][1]), _cell(row["seconds"][0], 0)
         accuracies = (_cell(mean, 2, spread) for mean, spread in (row["val_accuracy"], row["test_accuracy"]))
         rows.append((row["name"], *accuracies, interval, *numbers))
     rows += [(name, "not trained yet", "", "", "", "") for name in _missing(group)]
     columns = ("stage", "validation %", "test %", "95 % interval", "spikes per neuron", "training, s")
-    n = len(group.runs)
     seeds = f"Mean of {n} seeds, ± their standard deviation. " if n > 1 else ""
     return Table("Stages", columns, rows, f"{seeds}Choices were made on validation images.")
 
@@ -207,7 +202,7 @@ def _energy_table(group: Group) -> Table:
         "int8 ÷ SNN",
         "break-even rate",
     )
-    models = " ".join(f"{name}: {' '.join((model.__doc__ or '').split())}" for name, model in energy.MODELS.items())
+    models = " ".join(f"{name}: {energy.about(model)}" for name, model in energy.MODELS.items())
     note = (
         "Microjoules per image; none is a measurement. Break-even rate: spikes per neuron at which the int8 CNN costs "
         f"as much. {models}"
@@ -295,7 +290,7 @@ def _paper_table(group: Group) -> Table | None:
     accuracies, stated = found
     ours = {row["steps"]: row["test_accuracy"] for row in group.stages}
     cells = [f"{accuracy:.2f}" for accuracy in accuracies]
-    mine = [_cell(*_ordered(ours[steps])) if steps in ours else "not run" for steps in PAPER_STEPS]
+    mine = [_cell(ours[steps][0], 2, ours[steps][1]) if steps in ours else "not run" for steps in PAPER_STEPS]
     note = (
         "The paper's T = 1 is in its abstract; its other figures are from memory and have not been checked."
         if stated
@@ -304,10 +299,6 @@ def _paper_table(group: Group) -> Table | None:
     return Table(
         "The paper's row", ("", *map(_name, PAPER_STEPS)), [("arXiv 2110.05929", *cells), ("this", *mine)], note
     )
-
-
-def _ordered(pair: tuple[float, float | None]) -> tuple[float, int, float | None]:
-    return pair[0], 2, pair[1]
 
 
 def _class_table(group: Group) -> Table | None:
@@ -490,7 +481,7 @@ def _membranes(group: Group) -> Figure | None:
     layers = group.first["stages"][-1]["layers"]
     if not layers:
         return None
-    x = [-2 + 0.25 * index + 0.125 for index in range(24)]
+    x = [-2 + 0.25 * index + 0.125 for index in range(len(layers[0]["membranes"]))]
     data = [
         {"x": x, "y": [100 * share for share in layer["membranes"]], "name": layer["name"], "mode": "lines",
          "line": {"shape": "hvh"},
@@ -540,7 +531,7 @@ def _energies(group: Group) -> dict[str, Any]:
         totals = [energy.total(stage, model) for stage in stages]
         layers = energy.per_layer(stages[-1], model)
         found[name] = {
-            "about": " ".join((model.__doc__ or "").split()),
+            "about": energy.about(model),
             "steps": [_name(stage["steps"]) for stage in stages],
             "layers": [layer["name"] for layer in stages[-1]["operations"]],
             "totals": [[getattr(total, kind) / 1e6 for total in totals] for kind in ("cnn_fp32", "cnn_int8", "snn")],
@@ -589,7 +580,7 @@ def _markdown(groups: list[Group]) -> str:
 def _provenance(group: Group) -> list[tuple[str, str]]:
     found, trained = group.first, group.first["trained"]
     recipe: Recipe = recipe_from_dict(found["recipe"])
-    machine = (trained["machine"] or {}) | {}
+    machine = trained["machine"] or {}
     where = f"{machine.get('gpu') or machine.get('cpu')}, {machine.get('threads')} threads, {trained['precision']}"
     versions = ", ".join(f"{name} {number}" for name, number in (trained["versions"] or {}).items())
     epochs = ", ".join(f"{_name(stage.steps)} {stage.epochs:g}" for stage in recipe.stages)
@@ -604,10 +595,10 @@ def _provenance(group: Group) -> list[tuple[str, str]]:
 
 def _samples(run: Run, found: dict[str, Any]) -> list[dict[str, Any]]:
     """The images of samples.safetensors and where their first layers fired, as data URLs; empty without that file."""
-    path, classes = run.path / "samples.safetensors", found["data"]["classes"]
-    if not path.exists():
+    classes = found["data"]["classes"]
+    if not run.samples_path.exists():
         return []
-    tensors, _ = run.load(path, found["stages"][-1]["index"])
+    tensors, _ = run.load(run.samples_path, found["stages"][-1]["index"])
     shown = []
     for number, image in enumerate(tensors["images"].numpy()):
         maps = []

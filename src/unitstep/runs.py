@@ -98,6 +98,11 @@ class Run:
     def state_path(self) -> Path:
         return self.path / "state.safetensors"
 
+    @property
+    def samples_path(self) -> Path:
+        """A few test images, and where the last network's first layers fired."""
+        return self.path / "samples.safetensors"
+
     def finished(self, index: int) -> Finished:
         path = self.stage_path(index)
         info = self._check(path, _read_info(path), index)

@@ -115,7 +115,10 @@ def _files(run: Run, images: Tensor) -> Iterator[tuple[int | None, bytes]]:
     """The CNN in floating point, and the network at one timestep as `unitstep export` writes it; without those that
     cannot be exported."""
     for stage in run.stages:
-        net, steps = run.net(stage.index), stage.stage.steps
+        steps = stage.stage.steps
+        if steps not in (None, 1):
+            continue
+        net = run.net(stage.index)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             path = Path(folder) / "model.onnx"
@@ -124,7 +127,7 @@ def _files(run: Run, images: Tensor) -> Iterator[tuple[int | None, bytes]]:
                     model = onnx_of(net, images)
                     onnx.helper.set_model_props(model, {KEY: "{}"})
                     yield steps, model.SerializeToString()
-                elif steps == 1:
+                else:
                     to_onnx(net, path, images)  # type: ignore[arg-type]
                     yield steps, path.read_bytes()
             except ValueError:
