@@ -5,16 +5,23 @@ import torch
 from torch import nn
 
 from unitstep import nets, to_spiking
+from unitstep.calibration import record
 from unitstep.fusing import Fire
-from unitstep.quantizing import quantize
+from unitstep.quantizing import centre_thresholds_, quantize
+from unitstep.rounding import rounded
 
 
-def fused_vgg(**options):
+def spiking_vgg(**options):
     torch.manual_seed(0)
     cnn = nets.build("vgg-mini", classes=10)
     images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
     cnn.train()(images)  # statistics
-    return to_spiking(cnn.eval(), images, steps=1, percentile=80, initial=0.0, **options).fuse(), images
+    return to_spiking(cnn.eval(), images, steps=1, percentile=80, initial=0.0, **options), images
+
+
+def fused_vgg(**options):
+    snn, images = spiking_vgg(**options)
+    return snn.fuse(), images
 
 
 @pytest.mark.parametrize("thresholds", ["percentile", "channel-percentile"])
@@ -49,3 +56,56 @@ def test_a_number_of_bits_that_cannot_be():
     fused, images = fused_vgg()
     with pytest.raises(ValueError, match="2 to 8 bits, not 9"):
         quantize(fused, images, bits=9)
+
+
+def integer_spikes(snn, images):
+    net, seen = quantize(snn.fuse(), images), {}
+    for name, module in net.named_modules():
+        if isinstance(module, Fire):
+            module.register_forward_hook(lambda module, inputs, out, name=name: seen.update({name: out != 0}))
+    net(images)
+    return net, seen
+
+
+def differing(snn, images):
+    _, exact = integer_spikes(snn, images)
+    with torch.no_grad(), record(snn) as seen:
+        snn(images, 1)
+    return [int((layer.spikes[0] != exact[name]).sum()) for name, layer in seen.items()]
+
+
+def test_centred_thresholds_are_between_two_sums_and_flip_no_other_spike():
+    snn, images = spiking_vgg(norm="fold", thresholds="percentile")
+    layers = [module for module in snn.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        for layer in layers:
+            q, unit = rounded(layer.weight)
+            layer.weight.copy_(q * unit)
+        pixels = snn.normalize(images)
+        sums = (layers[0](pixels) - layers[0].bias.view(-1, 1, 1)).transpose(0, 1).flatten(1)
+        first = next(iter(snn.lifs.values()))
+        layers[0].bias.copy_(first.threshold - sums.median(1).values)  # some neurons are at their threshold
+    assert differing(snn, images)[0] > 0
+    before, _ = integer_spikes(snn, images)
+    centre_thresholds_(snn, images)
+    assert not any(differing(snn, images))
+    after, _ = integer_spikes(snn, images)
+    moved = [
+        (a.threshold != b.threshold).sum()
+        for a, b in zip(before.modules(), after.modules(), strict=True)
+        if isinstance(a, Fire)
+    ]
+    assert sum(moved) == 0
+    for node in after.graph.nodes:
+        if "centring" in node.meta:
+            assert (node.meta["centring"].abs() / node.meta["unit"]).max() < 1e-2
+
+
+def test_weights_of_fewer_bits_stay_as_they_are():
+    fused, images = fused_vgg()
+    for module in fused.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            q, unit = rounded(module.weight, 4)
+            module.weight.copy_(q * unit)
+    net = quantize(fused, images)
+    assert all(m.weight.abs().max() == 7 for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))

@@ -24,19 +24,20 @@ def test_rows_become_whole_numbers_of_their_unit(bits):
     assert torch.equal(again, q)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=[8, 4])
+def run(request, tmp_path_factory):
     recipe = small(1, whiten=True)
-    last = replace(recipe.stages[-1], weight_bits=8, epochs=0.5)
+    last = replace(recipe.stages[-1], weight_bits=request.param, epochs=0.5)
     return train(replace(recipe, stages=(recipe.stages[0], last)), tmp_path_factory.mktemp("rounded") / "run")
 
 
 def test_a_stage_with_rounded_weights_ends_with_them(run):
+    bits = run.recipe.stages[-1].weight_bits
     for name, weight in load(run).state_dict().items():
         if name.endswith("weight") and weight.dim() > 1:
-            q, unit = rounded(weight)
+            q, unit = rounded(weight, bits)
             torch.testing.assert_close(q * unit, weight, rtol=1e-6, atol=0)
-            assert len(q.unique()) > 20
+            assert len(q.unique()) > (20 if bits == 8 else 10)
 
 
 def test_what_is_exported_is_the_trained_network(run, tmp_path):
@@ -49,3 +50,8 @@ def test_what_is_exported_is_the_trained_network(run, tmp_path):
 def test_a_number_of_bits_that_cannot_be():
     with pytest.raises(ValueError, match="weight_bits is 2 to 8"):
         Stage(1, 1, 1e-3, weight_bits=16)
+
+
+def test_heights_per_channel_would_change_what_is_rounded():
+    with pytest.raises(ValueError, match="choose other thresholds than channel-percentile, or the height unit"):
+        small(1, stages=(Stage(None, 1, 1e-3), Stage(1, 1, 1e-3, weight_bits=8)), thresholds="channel-percentile")

@@ -30,6 +30,7 @@ from unitstep.data import Split, load_train, mix
 from unitstep.files import write_json
 from unitstep.fusing import per_channel
 from unitstep.neuron import LIF, clamp_, compiled, compiler_available
+from unitstep.quantizing import centre_thresholds_
 from unitstep.recipes import Recipe, Stage
 from unitstep.rounding import round_weights_
 from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, leaf_modules, locked, open_run, rebuild
@@ -356,6 +357,10 @@ class _Fit:
                         checkpoint = clock = time.monotonic()
                     if stopping:
                         return False
+        if self.stage.weight_bits is not None and self.stage.steps == 1:
+            snn = rebuild(recipe, len(self.train.classes), self.best, spikes=True)
+            centre_thresholds_(snn, torch.zeros(1, *self.train.shape, dtype=torch.uint8))  # type: ignore[arg-type]
+            self.best = snn.state_dict()
         info = {"val_accuracy": self.best_accuracy, "seconds": round(self.seconds, 3), "classes": self.train.classes}
         self.run.save(self.run.stage_path(self.index), self.best, self.index, **info)
         self.run.state_path.unlink(missing_ok=True)

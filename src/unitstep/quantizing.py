@@ -7,6 +7,8 @@ channel rounded to W ≈ a·q, q whole (`unitstep.rounding`), a neuron's current
     a·N + b > θ   ⇔   N > c   ⇔   N > ⌊c⌋ + ½,    c = (θ − b) / a
 
 since N is whole. No sum can be at its threshold, so no rounding of any runtime can flip a spike.
+
+`centre_thresholds_` does the same to the network that was trained so, with b' = b + a·(c − ⌊c⌋ − ½).
 """
 
 import copy
@@ -19,8 +21,20 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
-from unitstep.fusing import CATS, Fire, Scale, argument, module_of, per_channel, scale_input, scale_inputs_
+from unitstep.fusing import (
+    CATS,
+    Fire,
+    Scale,
+    argument,
+    called_once,
+    fuse,
+    module_of,
+    per_channel,
+    scale_input,
+    scale_inputs_,
+)
 from unitstep.nets import Normalize
+from unitstep.neuron import LIF
 from unitstep.rounding import rounded
 
 LARGEST = 255  # of the whole numbers that 8 bits hold
@@ -77,7 +91,8 @@ def quantize(fused: fx.GraphModule, images: Tensor, *, bits: int = 8) -> fx.Grap
     """`fused`, which `Spiking.fuse()` made, with every layer in integers whose inputs are spikes, sums of spikes, or
     pixels.
 
-    images: uint8 [B, C, H, W], of which only the shape matters.  bits: of a weight, 2 to 8. A copy, whose layers in
+    images: uint8 [B, C, H, W], of which only the shape matters.  bits: of a weight, 2 to 8; weights that
+    were trained in fewer keep those. A copy, whose layers in
     integers have whole numbers as weights, and neurons with a threshold at a half for each channel. Where a layer
     cannot be in integers, `node.meta["float"]` of its operation says why; the others have `node.meta["integer"]`.
     """
@@ -86,6 +101,38 @@ def quantize(fused: fx.GraphModule, images: Tensor, *, bits: int = 8) -> fx.Grap
     net = copy.deepcopy(fused)
     ShapeProp(net).propagate(images[:1])
     return _Quantization(net, bits).run()
+
+
+def centre_thresholds_(snn: fx.GraphModule, images: Tensor) -> None:
+    """Move each channel's bias, in place, by half a weight unit at most, so that its threshold is in the middle between
+    two sums: of a network at one timestep that was trained with rounded weights.
+
+    images: uint8 [B, C, H, W], of which only the shape matters. No spike changes but of neurons that are at their
+    thresholds up to rounding, which the integer form decides as this network does from now on. The bias is that of the
+    batch norm, convolution or linear layer that neurons take their current from. Where there is none, or where the
+    weights are not whole multiples of a unit, nothing is moved.
+    """
+    fused = quantize(fuse(snn), images)
+    for node in snn.graph.nodes:
+        neurons = module_of(snn, node)
+        if not isinstance(neurons, LIF):
+            continue
+        fire = next(n for n in fused.graph.nodes if n.target == str(node.target).removeprefix("neurons."))
+        centring = fire.all_input_nodes[0].meta.get("centring")
+        source = node.all_input_nodes[0]
+        bias = getattr(module_of(snn, source), "bias", None)
+        if centring is not None and isinstance(bias, nn.Parameter) and called_once(snn, source):
+            with torch.no_grad():
+                bias.add_(centring.to(bias))
+
+
+def _on_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, bool]:
+    """`rounded`, and whether that changes nothing: in the fewest bits with which it does not, else in `bits`."""
+    for fewer in range(2, bits + 1):
+        q, unit = rounded(weight, fewer)
+        if bool(((q * unit - weight).abs() <= 1e-5 * unit).all()):
+            return q, unit, True
+    return q, unit, False
 
 
 @dataclass
@@ -155,7 +202,7 @@ class _Quantization:
             return False
         scale_inputs_(layer, given.unit)
         node.meta["integer"] = True
-        q, unit = rounded(layer.weight.detach().double(), self.bits)
+        q, unit, as_trained = _on_grid(layer.weight.detach().double(), self.bits)
         factor = unit.flatten()
         bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.detach().double()
         layer.weight, layer.bias = nn.Parameter(q.float(), requires_grad=False), None
@@ -164,8 +211,10 @@ class _Quantization:
         if isinstance(neurons, Fire):
             up, down = q.flatten(1).clamp(min=0).sum(1), q.flatten(1).clamp(max=0).sum(1)
             largest, smallest = up * given.most + down * given.least, up * given.least + down * given.most
-            below = ((neurons.threshold.double() - bias) / factor).floor()
-            neurons.threshold = (torch.minimum(torch.maximum(below, smallest - 1), largest) + 0.5).float()
+            exact = (neurons.threshold.double() - bias) / factor
+            neurons.threshold = (torch.minimum(torch.maximum(exact.floor(), smallest - 1), largest) + 0.5).float()
+            if as_trained:
+                node.meta |= {"unit": factor, "centring": factor * (exact - exact.floor() - 0.5)}
             return True
         name = f"{node.name}_real"
         self.net.add_submodule(name, Unscale(factor.float(), bias.float()))

@@ -158,6 +158,12 @@ class Recipe:
             raise ValueError("the first stage of a recipe, and no other, is the CNN (steps None)")
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ValueError("two stages have the same number of steps; every rung of the ladder needs its own")
+        heights = (self.thresholds, self.height) == ("channel-percentile", "threshold")  # one for each channel
+        if heights and any(stage.weight_bits for stage in self.stages):
+            raise ValueError(
+                "weights cannot be rounded as they are exported (weight_bits) where spikes of each channel have a "
+                "height of their own: choose other thresholds than channel-percentile, or the height unit"
+            )
         if self.size < 1 or self.channels not in (1, 3):
             raise ValueError(f"size must be at least 1 pixel and channels 1 or 3, not {self.size} and {self.channels}")
         if self.padding < 0:
