@@ -44,10 +44,10 @@ test: .venv/.test
 	$(PIP) -e .
 	@touch $@
 
-# spikingjelly declares torchvision and torchaudio; what it needs of the rest is in the test extra.
+# spikingjelly and norse declare torchvision; what they need of the rest is in the test extra.
 .venv/.test: .venv/.core
 	$(PIP) -e '.[test]'
-	$(PIP) --no-deps spikingjelly
+	$(PIP) --no-deps spikingjelly norse
 	@touch $@
 
 clean:

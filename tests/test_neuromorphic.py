@@ -31,7 +31,29 @@ def by_spikingjelly(path):
     return import_from_nir(path, dt=1.0)  # it reads r·dt = 1
 
 
-PEERS = {"snntorch": by_snntorch, "spikingjelly": by_spikingjelly}
+def by_norse(path):
+    norse = pytest.importorskip("norse.torch", reason="norse is not installed (pip install --no-deps norse)")
+    return norse.from_nir(nir.read(path), dt=1.0)
+
+
+def by_sinabs(path):
+    pytest.importorskip("sinabs", reason="sinabs is not installed (pip install --no-deps sinabs pbr)")
+    import sinabs.activation
+    import sinabs.nir
+
+    net = sinabs.nir.from_nir(nir.read(path), batch_size=256)
+    for module in net.modules():
+        if hasattr(module, "spike_fn"):  # else a neuron far above its threshold fires twice
+            module.spike_fn = sinabs.activation.SingleSpike
+    return net
+
+
+PEERS = {  # and the pools that they read
+    "snntorch": (by_snntorch, "mean"),
+    "spikingjelly": (by_spikingjelly, "mean"),
+    "norse": (by_norse, "sum"),
+    "sinabs": (by_sinabs, "sum"),
+}
 
 
 def spikes_of(net, images, names):
@@ -52,6 +74,7 @@ def spikes_of(net, images, names):
     return output[0] if isinstance(output, tuple) else output, seen
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of theirs
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("kind", ["shipped", "max pools", "threshold per channel"])
 def test_other_libraries_read_it_and_have_the_same_spikes(kind, peer, tmp_path):
@@ -63,10 +86,11 @@ def test_other_libraries_read_it_and_have_the_same_spikes(kind, peer, tmp_path):
         cnn = nets.build("vgg-mini", classes=10, channels=1, size=28, pool=pool, zero_point=(73,)).eval()
         snn = to_spiking(cnn, images, steps=1, **(EACH if kind == "threshold per channel" else ONE))
     path = tmp_path / "net.nir"
-    to_nir(snn, path, images)
+    read, pools = PEERS[peer]
+    to_nir(snn, path, images, pools=pools)
     with torch.no_grad(), record(snn) as wanted:
         expected = snn(images)
-    logits, seen = spikes_of(PEERS[peer](path), snn.get_submodule("normalize")(images), list(snn.lifs))
+    logits, seen = spikes_of(read(path), snn.get_submodule("normalize")(images), list(snn.lifs))
     for name, layer in wanted.items():
         assert (seen[name] != layer.spikes[0]).sum() <= 3, name  # of neurons at their thresholds
     assert (logits.argmax(1) != expected.argmax(1)).sum() <= 1

@@ -84,7 +84,7 @@ def _versions() -> Iterator[tuple[str, str]]:
         try:
             yield name, version(name)
         except PackageNotFoundError as error:
-            way = 'pip install "unitstep[bench]" and pip install --no-deps spikingjelly'
+            way = 'pip install "unitstep[bench]" and pip install --no-deps spikingjelly norse'
             raise ValueError(f"{name} takes part but is not installed: {way}") from error
 
 

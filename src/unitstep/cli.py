@@ -361,6 +361,7 @@ def _export(arguments: list[str]) -> int:
         form: Literal["auto", "int8", "float"] = "auto",
         steps: int = 1,
         images: int = 1000,
+        pools: Literal["mean", "sum"] = "mean",
         data: str | None = None,
         threads: int | None = None,
     ) -> int:
@@ -376,6 +377,8 @@ def _export(arguments: list[str]) -> int:
                 float is for any number of timesteps; auto is int8 for one timestep.
             steps: Timesteps of the stage.
             images: Validation images on which the file and the network are compared.
+            pools: Average pools in a NIR graph: mean as snnTorch and SpikingJelly read them, sum as Norse and sinabs
+                do.
             data: Where the images are, if no longer where the run's recipe says.
             threads: CPU threads to use; None: all cores.
         """
@@ -396,7 +399,7 @@ def _export(arguments: list[str]) -> int:
         if to == "nir":
             from unitstep.neuromorphic import to_nir
 
-            graph = to_nir(snn, out, shown, steps=steps)
+            graph = to_nir(snn, out, shown, steps=steps, pools=pools)
             kinds = Counter(type(node).__name__ for node in graph.nodes.values())
             sys.stdout.write(f"{out}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}\n")
             return 0
@@ -413,7 +416,11 @@ def _export(arguments: list[str]) -> int:
         for name, why in parity.in_float.items():
             sys.stdout.write(f"{name} stays in floating point: {why}\n")
         if (lost := (parity.accuracy or 0) - (parity.file_accuracy or 0)) > 0.3:
-            _say(f"8-bit weights cost {lost:.2f} points here; --form float costs none")
+            last = len(r.stages) - 1
+            _say(
+                f"8-bit weights cost {lost:.2f} points here; trained so (unitstep train … --stages.{last}.weight_bits 8) "
+                "they hardly cost any, and --form float costs none"
+            )
         _say(f"{out}: {parity.form}, {out.stat().st_size / 1e6:.2f} MB")
         return 0
 

@@ -10,7 +10,7 @@ threshold, and all neurons fire above 1.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,13 +25,16 @@ from unitstep.quantizing import divides_by_window, flattens, pair
 INPUT, OUTPUT = "input", "output"
 
 
-def to_nir(snn: Spiking, path: str | Path, images: Tensor, *, steps: int = 1) -> Any:
+def to_nir(
+    snn: Spiking, path: str | Path, images: Tensor, *, steps: int = 1, pools: Literal["mean", "sum"] = "mean"
+) -> Any:
     """Write `snn` at one timestep to the NIR file `path`, and return the `nir.NIRGraph`.
 
     images: [B, C, H, W] as the network takes them, of which only the shape matters. The graph's input is what comes out
     of the network's `Normalize`, (pixel − zero point)·scale, if it begins with one; its output is the logits; its
-    neurons are named as in `snn.lifs`. Raises ValueError for more than one step, if an operation has no form in NIR,
-    naming all, and if the package nir is not installed.
+    neurons are named as in `snn.lifs`. pools: average pools as AvgPool2d nodes, or as SumPool2d, with their sizes in the
+    next weights; no library that was tried reads both. Raises ValueError for more than one step, if an operation has no
+    form in NIR, naming all, and if the package nir is not installed.
     """
     if steps != 1:
         raise ValueError(
@@ -44,15 +47,16 @@ def to_nir(snn: Spiking, path: str | Path, images: Tensor, *, steps: int = 1) ->
         raise ValueError('nir is not installed here: pip install "unitstep[nir]"') from error
     net = snn.fuse().cpu()
     ShapeProp(net).propagate(images[:1].cpu())
-    writer = _Writer(net, nir)
+    writer = _Writer(net, nir, pools == "sum")
     graph = writer.run()
     nir.write(str(path), graph)
     return graph
 
 
 class _Writer:
-    def __init__(self, net: fx.GraphModule, nir: Any) -> None:
-        self.net, self.nir = net, nir
+    def __init__(self, net: fx.GraphModule, nir: Any, sums: bool) -> None:
+        self.net, self.nir, self.sums = net, nir, sums
+        self.windows: dict[str, int] = {}  # what the output of a NIR node must still be divided by
         self.nodes: dict[str, Any] = {}
         self.edges: list[tuple[str, str]] = []
         self.names: dict[fx.Node, str] = {}  # of the NIR node whose output a value is
@@ -81,6 +85,13 @@ class _Writer:
     def _add(self, name: str, made: Any, source: fx.Node) -> None:
         self.nodes[name] = made
         self.edges.append((self.names[source], name))
+        if type(made) in (self.nir.SumPool2d, self.nir.AvgPool2d, self.nir.Flatten):  # the others have divided
+            self.windows[name] = self._window(source)
+        if isinstance(made, self.nir.SumPool2d):
+            self.windows[name] *= int(np.prod(made.kernel_size))
+
+    def _window(self, source: fx.Node) -> int:
+        return self.windows.get(self.names[source], 1)
 
     def _operation(self, node: fx.Node, module: Any) -> bool:
         """Write one operation; False if there is no form of it."""
@@ -99,14 +110,14 @@ class _Writer:
         elif isinstance(module, nn.AvgPool2d):
             if not divides_by_window(module):
                 return False
-            self._add(node.name, self._mean(module), source)
+            self._add(node.name, self._pool(module), source)
         elif isinstance(module, nn.MaxPool2d):  # of spikes: whether there is one
             one = isinstance(module_of(self.net, source), Fire) and pair(module.dilation) == (1, 1)
             if not one or module.ceil_mode or module.return_indices:
                 return False
-            self._add(f"{node.name}_mean", self._mean(module), source)
-            self.names[node] = f"{node.name}_mean"
-            self._fire(node.name, _shape(node), 0.5 / np.prod(pair(module.kernel_size)), node)
+            self.names[node] = f"{node.name}_pool"
+            self._add(self.names[node], self._pool(module), source)
+            self._fire(node.name, _shape(node), 0.5 / np.prod(pair(module.kernel_size)) * self._window(node), node)
         elif flattens(node, module):
             # from the end, so that it means the same with and without a dimension for the batch
             self._add(node.name, self.nir.Flatten({"input": _shape(source)}, start_dim=-len(_shape(source))), source)
@@ -115,16 +126,16 @@ class _Writer:
         self.names[node] = node.name
         return True
 
-    def _mean(self, pool: Any) -> Any:
+    def _pool(self, pool: Any) -> Any:
         kernel, stride, padding = (np.array(pair(size)) for size in (pool.kernel_size, pool.stride, pool.padding))
-        return self.nir.AvgPool2d(kernel, stride, padding)
+        return (self.nir.SumPool2d if self.sums else self.nir.AvgPool2d)(kernel, stride, padding)
 
     def _fire(self, name: str, shape: Any, threshold: float, source: fx.Node) -> None:
         ones = np.ones(shape, np.float32)
         self._add(name, self.nir.IF(r=ones, v_threshold=threshold * ones, v_reset=0 * ones), source)
 
     def _layer(self, node: fx.Node, layer: Any, source: fx.Node) -> bool:
-        weight, count = layer.weight.detach(), layer.weight.shape[0]
+        weight, count = layer.weight.detach() / self._window(source), layer.weight.shape[0]
         bias = torch.zeros(count) if layer.bias is None else layer.bias.detach()
         neurons = [module_of(self.net, user) for user in node.users]
         if len(neurons) == 1 and isinstance(neurons[0], Fire):
