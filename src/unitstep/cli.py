@@ -416,11 +416,8 @@ def _export(arguments: list[str]) -> int:
         for name, why in parity.in_float.items():
             sys.stdout.write(f"{name} stays in floating point: {why}\n")
         if (lost := (parity.accuracy or 0) - (parity.file_accuracy or 0)) > 0.3:
-            last = len(r.stages) - 1
-            _say(
-                f"8-bit weights cost {lost:.2f} points here; trained so (unitstep train … --stages.{last}.weight_bits 8) "
-                "they hardly cost any, and --form float costs none"
-            )
+            option = f"--stages.{len(r.stages) - 1}.weight_bits 8"
+            _say(f"8-bit weights cost {lost:.2f} points here: train with them ({option}), or take --form float")
         _say(f"{out}: {parity.form}, {out.stat().st_size / 1e6:.2f} MB")
         return 0
 

@@ -32,9 +32,9 @@ def to_nir(
 
     images: [B, C, H, W] as the network takes them, of which only the shape matters. The graph's input is what comes out
     of the network's `Normalize`, (pixel − zero point)·scale, if it begins with one; its output is the logits; its
-    neurons are named as in `snn.lifs`. pools: average pools as AvgPool2d nodes, or as SumPool2d, with their sizes in the
-    next weights; no library that was tried reads both. Raises ValueError for more than one step, if an operation has no
-    form in NIR, naming all, and if the package nir is not installed.
+    neurons are named as in `snn.lifs`. pools: average pools as AvgPool2d nodes, or as SumPool2d, with their sizes in
+    the next weights; no library that was tried reads both. Raises ValueError for more than one step, if an operation
+    has no form in NIR, naming all, and if the package nir is not installed.
     """
     if steps != 1:
         raise ValueError(
