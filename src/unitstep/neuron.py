@@ -46,6 +46,11 @@ def compiled(enabled: bool) -> Iterator[None]:
         _compiled.reset(token)
 
 
+def is_compiled() -> bool:
+    """Whether `compiled(True)` is in force."""
+    return _compiled.get()
+
+
 def compiler_available(device: torch.device) -> bool:
     """Whether `torch.compile` has what it needs to make kernels for `device`: a C++ compiler, or Triton on a GPU."""
     if device.type == "cuda":
@@ -94,34 +99,32 @@ def _fire_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_fire` with respect to current, threshold and leak. The membranes are computed again, so only
     `current` had to be kept."""
-
-    def each(x: Tensor) -> Tensor:  # [A, C, Z] → sums per channel [C, 1]
-        return x.sum((0, 2)).unsqueeze(1)
-
     states = list(membranes(current, V, leak, steps, initial * V if initial else None))
     to_current = []
-    to_V, to_leak = torch.zeros_like(V), torch.zeros_like(leak)
+    to_V, to_leak = torch.zeros_like(states[0][1]), torch.zeros_like(states[0][1])  # of each neuron; summed once, below
     carried = None  # dL/dU after the reset of step t, which comes from step t + 1
     for t in reversed(range(steps)):
         left, membrane, fires = states[t]
         g = grad[t].to(V.dtype)
-        to_z = g * SURROGATE * (1 - (membrane / V - 1).abs()).clamp(min=0)  # dL/dz, for height 1
+        relative = membrane / V
+        to_z = g * SURROGATE * (1 - (relative - 1).abs()).clamp(min=0)  # dL/dz, for height 1
         if height == "threshold":
             to_z = to_z * V
-            to_V = to_V + each(torch.where(fires, g, 0))  # through the height itself
-        to_V = to_V - each(to_z * membrane) / (V * V)  # ∂z/∂V = −U/V²
+            to_V = to_V + torch.where(fires, g, 0)  # through the height itself
         to_membrane = to_z / V  # ∂z/∂U = 1/V
+        to_V = to_V - to_membrane * relative  # ∂z/∂V = −U/V²
         if carried is not None:
             to_membrane = to_membrane + carried  # the reset passes dL/dU on: its s is a constant …
-            to_V = to_V - each(torch.where(fires, carried, 0))  # … but its V is not
-        to_current.append(to_membrane)
+            to_V = to_V - torch.where(fires, carried, 0)  # … but its V is not
+        to_current.append(to_membrane.to(current.dtype) if len(current) == steps else to_membrane)
         if left is not None:
-            to_leak = to_leak + (to_membrane * left).sum()
+            to_leak = to_leak + to_membrane * left
         carried = leak * to_membrane
     if initial and carried is not None:
-        to_V = to_V + initial * each(carried)
+        to_V = to_V + initial * carried
+    to_V, to_leak = to_V.sum((0, 2)).unsqueeze(1), to_leak.sum()  # per channel [C, 1], and for the layer
     if len(current) == steps:
-        return torch.stack(to_current[::-1]).to(current.dtype), to_V, to_leak
+        return torch.stack(to_current[::-1]), to_V, to_leak
     return sum(to_current[1:], to_current[0])[None].to(current.dtype), to_V, to_leak
 
 
@@ -150,7 +153,7 @@ class _Fire(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(current, threshold, leak)
         ctx.options = steps, height, initial
-        ctx.fuse = _compiled.get()  # backward may run in another thread, where the context is not known
+        ctx.fuse = is_compiled()  # backward may run in another thread, where the context is not known
         precision = torch.promote_types(current.dtype, torch.float32)  # half-precision currents are integrated in fp32
         parameters = threshold.to(precision), leak.to(precision), *ctx.options
         if ctx.fuse:
@@ -270,7 +273,7 @@ class LIF(nn.Module):
         spikes = flat.new_empty(steps, *flat.shape[1:])
         for t, out in enumerate(spikes):
             arguments = flat[0 if static else t], V, leak, held, self.height
-            fired, held = _fused(_step, *arguments) if _compiled.get() else _step(*arguments)
+            fired, held = _fused(_step, *arguments) if is_compiled() else _step(*arguments)
             out.copy_(fired)
         assert held is not None
         return _unrows(spikes, current, len(one) * steps), _unrows(held, one, len(one))
