@@ -297,3 +297,12 @@ def test_thresholds_and_leaks_stay_in_range(unbroken):
     for row in unbroken.log:
         assert all(value > 0 for value in row.get("thresholds", []))
         assert all(0 < value <= 1 for value in row.get("leaks", []))
+
+
+def test_without_a_compiler_a_long_stage_says_what_that_costs_and_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "compiler_available", lambda device: False)
+    monkeypatch.setattr(ladder, "COMPILE_FROM", 0)
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler here .* takes longer") as warned:
+        run = train(small(2), tmp_path / "run")
+    assert len(run.stages) == 2
+    assert len(warned) == 1

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from unitstep.exporting import INPUT, onnx_of, to_onnx
 from unitstep.running import Model, open_model
 from unitstep.runs import machine
 from unitstep.timing import race
+from unitstep.training_speed import installed
 
 NET, CLASSES, SIZE = "vgg16-conv", 10, 32
 BATCHES, ROUNDS, SECONDS = (1, 64), 9, 0.5  # images at a time; rounds over all; seconds for each in a round
@@ -54,7 +54,7 @@ def bench_deploy(*, threads: tuple[int, ...] = (2, 1), progress: Callable[[str],
     """Run all contenders on the processor, and return the record: speeds, file sizes, seconds of the export, versions,
     machine. ValueError if a library that takes part is not installed."""
     tell = progress or (lambda _: None)
-    versions = dict(_versions())
+    versions = dict(installed(LIBRARIES))
     torch.manual_seed(0)
     images = torch.randint(256, (max(BATCHES), 3, SIZE, SIZE), dtype=torch.uint8)
     cnn = nets.build(NET, classes=CLASSES)
@@ -77,15 +77,6 @@ def bench_deploy(*, threads: tuple[int, ...] = (2, 1), progress: Callable[[str],
         "cnn_parameters": sum(parameter.numel() for parameter in cnn.parameters()), "seconds_per_round": SECONDS,
         "versions": versions, "machine": machine(),
     }  # fmt: skip
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in LIBRARIES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError as error:
-            way = 'pip install "unitstep[bench]" and pip install --no-deps spikingjelly norse'
-            raise ValueError(f"{name} takes part but is not installed: {way}") from error
 
 
 class _Files:

@@ -38,6 +38,7 @@ usage: unitstep VERB …      (unitstep VERB --help tells more)
   export RUN --out FILE.onnx    write a run's network for ordinary runtimes, and prove that it is the same network
   predict IMAGES                say what an exported network, or the shipped one, sees in image files
   bench deploy                  time a one-timestep network in ordinary runtimes against CNNs and other libraries
+  bench train                   time training at T timesteps, and its memory, against CNNs and other libraries
 """
 
 
@@ -505,10 +506,43 @@ def _bench(arguments: list[str]) -> int:
         sys.stdout.write(benching.table(record))
         return 0
 
-    if not arguments or arguments[0] != "deploy":
-        _say("usage: unitstep bench deploy [--out RECORD.json]")
+    def train(
+        out: Path | None = None,
+        nets: tuple[str, ...] = ("vgg16-conv", "resnet20"),
+        steps: tuple[int, ...] = (1, 3, 5),
+        batch: int = 32,
+        precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32"),
+        threads: tuple[int, ...] = (2, 1),
+        rounds: int = 3,
+    ) -> int:
+        """Time training steps of spiking networks, and take their memory, against other libraries and against the CNN
+        on T times as many images, interleaved: about half an hour. Nothing else should run meanwhile.
+
+        Args:
+            out: JSON file for the record.
+            nets: Networks, by their names in recipes.
+            steps: Timesteps T.
+            batch: Images per step.
+            precisions: bf16 is mixed precision.
+            threads: CPU threads.
+            rounds: Turns of each contender, of which the median is taken.
+        """
+        from unitstep import training_speed
+        from unitstep.files import write_json
+
+        record = training_speed.bench_train(
+            names=nets, steps=steps, batch=batch, precisions=precisions, threads=threads, rounds=rounds, progress=_say
+        )
+        if out is not None:
+            write_json(out, record)
+        sys.stdout.write(training_speed.table(record))
+        return 0
+
+    races: dict[str, Callable[..., int]] = {"deploy": deploy, "train": train}
+    if not arguments or arguments[0] not in races:
+        _say("usage: unitstep bench deploy|train [--out RECORD.json] …")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    return tyro.cli(deploy, prog="unitstep bench deploy", args=arguments[1:])
+    return tyro.cli(races[arguments[0]], prog=f"unitstep bench {arguments[0]}", args=arguments[1:])
 
 
 def _stage_table(result: dict[str, Any]) -> "Table":

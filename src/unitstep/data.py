@@ -738,8 +738,8 @@ def _shift_and_flip(images: Tensor, padding: int, fill: int | None, generator: t
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """[B, C, N, M], index [B, n] → [B, C, n, M]: of each image the rows with those numbers. Whole rows are copied, which
-    is twenty times as fast as single pixels."""
+    """[B, C, N, M], index [B, n] → [B, C, n, M]: of each image the rows with those numbers. Whole rows are copied,
+    which is twenty times as fast as single pixels."""
     first = x.shape[2] * torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2], 1)
     rows = x.reshape(-1, x.shape[3]).index_select(0, (first + index[:, None]).flatten())
     return rows.view(*x.shape[:2], -1, x.shape[3])

@@ -32,6 +32,7 @@ from unitstep.fusing import per_channel
 from unitstep.neuron import LIF, clamp_, compiled, compiler_available
 from unitstep.quantizing import centre_thresholds_
 from unitstep.recipes import Recipe, Stage
+from unitstep.recomputing import recomputing
 from unitstep.rounding import round_weights_
 from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, leaf_modules, locked, open_run, rebuild
 from unitstep.whitening import plain_state, whiten_
@@ -292,6 +293,7 @@ class _Fit:
             whiten_(self.net, images, *given, fresh=index == 0)
         if self.stage.weight_bits is not None:
             round_weights_(self.net, self.stage.weight_bits)
+        self.trained = recomputing(self.net) if self.stage.recompute and isinstance(self.net, Spiking) else self.net
         self.teacher = self._teacher() if self.stage.distillation else None
         self.optimizer = _optimizer(self.net, self.stage)
         if state is not None:
@@ -382,7 +384,7 @@ class _Fit:
                 if self.teacher is not None:
                     wanted = forward(self.teacher, part, None).float()
                 with counted(self.net, self.stage.spike_penalty > 0) as spikes:
-                    logits = forward(self.net, part, self.stage.steps)
+                    logits = forward(self.trained, part, self.stage.steps)
             loss = loss_of(logits.float(), target.to(self.device), self.stage, wanted)
             if spikes:
                 loss = loss + self.stage.spike_penalty * spikes_per_neuron(spikes, len(part))
@@ -569,8 +571,6 @@ def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch
         return False
     if choice == "on":
         return True
-    if not compiler_available(device):
-        return False
     sizes: list[int] = []
     hooks = [
         lif.register_forward_hook(lambda _m, _i, spikes: sizes.append(spikes.numel())) for lif in net.lifs.values()
@@ -581,7 +581,15 @@ def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch
     finally:
         for hook in hooks:
             hook.remove()
-    return sum(sizes) * stage.steps * stage.epochs * len(train) > COMPILE_FROM
+    pays = sum(sizes) * stage.steps * stage.epochs * len(train) > COMPILE_FROM
+    if pays and not compiler_available(device):
+        warnings.warn(
+            "there is no C++ compiler here (g++), or no Triton for the GPU: neurons are not fused by torch.compile, "
+            "which gives the same results and takes longer, the more so the more timesteps",
+            stacklevel=2,
+        )
+        return False
+    return pays
 
 
 def choose_device(name: str) -> torch.device:

@@ -55,6 +55,10 @@ class Stage:
     """Bits, 2 to 8, that weights are rounded to, with a scale per output channel, while the stage is trained: what is
     exported in integers is then the network that was trained. None: they are not rounded."""
 
+    recompute: bool = False
+    """Compute batch norms, neurons and pools of a spiking stage again in the backward pass in place of keeping what
+    they gave: much less memory, for a few percent of the time."""
+
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"a stage needs steps of 1 or more (or None for the CNN), not {self.steps}")

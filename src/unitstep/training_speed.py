@@ -1,0 +1,206 @@
+"""How fast, and in how much memory, T timesteps are trained: against other libraries, and against the CNN on T times
+as many images, which is what the convolutions cost by themselves. Knows nothing of accuracy.
+
+Every contender is a process of its own, so that its memory is its own; they take turns, so that ratios hold on a
+machine whose speed changes. An optimiser step is the forward and backward pass of one batch and an AdamW update.
+"""
+
+import itertools
+import logging
+import multiprocessing
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unitstep import nets
+from unitstep.calibration import to_spiking
+from unitstep.neuron import compiled, compiler_available
+from unitstep.peers import PEERS
+from unitstep.recomputing import recomputing
+from unitstep.runs import machine
+from unitstep.timing import peak_memory, race
+
+CLASSES, SIZE = 10, 32
+UNITSTEP, RECOMPUTE, UNFUSED, CNN = "unitstep", "unitstep, recompute", "unitstep, no compiler", "CNN"
+CONTENDERS = (UNITSTEP, RECOMPUTE, UNFUSED, *PEERS, CNN)
+LIBRARIES = ("torch", "snntorch", "spikingjelly", "norse", "unitstep")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how. steps: T; the CNN takes T·batch images instead."""
+
+    net: str
+    steps: int
+    batch: int
+    precision: str
+    threads: int
+
+
+@dataclass
+class Speed:
+    """One contender in one case: images per second in each round (the CNN's divided by T), and bytes of memory that the
+    first step needs beyond what was there, at its peak."""
+
+    contender: str
+    rounds: list[float]
+    memory: int | None
+
+
+def bench_train(
+    *,
+    names: tuple[str, ...] = ("vgg16-conv", "resnet20"),
+    steps: tuple[int, ...] = (1, 3, 5),
+    batch: int = 32,
+    precisions: tuple[str, ...] = ("bf16", "fp32"),
+    threads: tuple[int, ...] = (2, 1),
+    rounds: int = 3,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Race all contenders on the processor in every case, and return the record: speeds, memory, versions, machine.
+    ValueError if a library that takes part is not installed."""
+    versions = dict(installed(LIBRARIES))
+    rows = []
+    for net, T, precision, count in itertools.product(names, steps, precisions, threads):
+        case = Case(net, T, batch, precision, count)
+        if progress:
+            progress(f"{net}, T = {T}, {precision}, {count} threads")
+        for speed in _race(case, rounds):
+            rows.append(asdict(case) | asdict(speed) | {"median": statistics.median(speed.rounds)})
+    return {"schema": 1, "speeds": rows, "versions": versions, "machine": machine()}
+
+
+def installed(libraries: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Name and version of each; ValueError, with the way out, for one that is not there."""
+    for name in libraries:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError as error:
+            way = 'pip install "unitstep[bench]" and pip install --no-deps spikingjelly norse'
+            raise ValueError(f"{name} takes part but is not installed: {way}") from error
+
+
+def _race(case: Case, rounds: int) -> list[Speed]:
+    spawn = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    workers = []
+    for contender in CONTENDERS:
+        ours, theirs = spawn.Pipe()
+        workers.append(spawn.Process(target=_work, args=(theirs, contender, case), daemon=True))
+        pipes[contender] = ours
+    try:
+        memory = {}
+        for worker, (contender, pipe) in zip(workers, pipes.items(), strict=True):
+            worker.start()  # one after the other: starting takes both cores
+            memory[contender] = pipe.recv()
+
+        def turn(pipe: Connection) -> None:
+            pipe.send("step")
+            pipe.recv()
+
+        calls = {contender: lambda pipe=pipe: turn(pipe) for contender, pipe in pipes.items()}
+        turns = race(calls, rounds=rounds, seconds=0)
+        return [
+            Speed(contender, [case.batch / statistics.mean(turn) for turn in found], memory[contender])
+            for contender, found in turns.items()
+        ]
+    finally:
+        for worker, pipe in zip(workers, pipes.values(), strict=True):
+            if worker.is_alive():
+                pipe.send(False)
+                worker.join(10)
+                worker.kill()
+
+
+def _work(pipe: Connection, contender: str, case: Case) -> None:
+    """A contender's process: tells what memory the first step takes, then makes a step whenever it is asked."""
+    warnings.simplefilter("ignore")  # of the libraries
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    torch.set_num_threads(case.threads)
+    step_of(contender, case, 2)()  # compiles
+    step = step_of(contender, case, case.batch)
+    pipe.send(peak_memory(step))
+    while pipe.recv():
+        step()
+        pipe.send("done")
+
+
+def step_of(contender: str, case: Case, batch: int) -> Callable[[], None]:
+    """An optimiser step of one contender, on random images."""
+    torch.manual_seed(0)
+    T = case.steps
+    images = torch.randint(256, (batch, 3, SIZE, SIZE), dtype=torch.uint8)
+    labels = torch.randint(CLASSES, (batch,))
+    cnn = nets.build(case.net, classes=CLASSES)
+    net: nn.Module = cnn
+    fuse = contender in (UNITSTEP, RECOMPUTE) and compiler_available(images.device)
+    call: Callable[[], Tensor] = lambda: net(images)  # noqa: E731
+    if contender in PEERS:
+        net = PEERS[contender](cnn, T)
+    elif contender == CNN:
+        images, labels = images.repeat(T, 1, 1, 1), labels.repeat(T)
+    else:
+        net = to_spiking(cnn.eval(), images[:2], steps=T, thresholds="percentile", initial=0.0, norm="keep")
+        called = recomputing(net) if contender == RECOMPUTE else net
+        call = lambda: called(images, T)  # noqa: E731
+    net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    amp = torch.autocast("cpu", torch.bfloat16) if case.precision == "bf16" else nullcontext()
+
+    def step() -> None:
+        with compiled(fuse):
+            with amp:
+                logits = call()
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def table(record: dict[str, Any]) -> str:
+    """A record as Markdown: images per second, and of the memory megabytes, each against the fastest or leanest other
+    library; one table per network and precision."""
+    parts = []
+    cases = dict.fromkeys((row["net"], row["precision"], row["batch"]) for row in record["speeds"])
+    for net, precision, batch in cases:
+        rows = [row for row in record["speeds"] if (row["net"], row["precision"]) == (net, precision)]
+        columns = sorted({(row["threads"], row["steps"]) for row in rows}, key=lambda c: (-c[0], c[1]))
+        title = " | ".join(f"T = {T}, {count} thread{'s' * (count > 1)}" for count, T in columns)
+        memories = sorted({T for _, T in columns})
+        head = f"| {net}, {precision}, batch {batch} | {title} | {' | '.join(f'MB, T = {T}' for T in memories)} |"
+        parts += [head, f"|---{'|---:' * (len(columns) + len(memories))}|"]
+        found = {(row["contender"], row["threads"], row["steps"]): row for row in rows}
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            speeds = [f"{found[name, *column]['median']:,.1f}" for column in columns]
+            count = columns[0][0]
+            memory = [found[name, count, T]["memory"] for T in memories]
+            sizes = ["" if size is None else f"{size / 1e6:,.0f}" for size in memory]
+            parts.append(f"| {name} | {' | '.join([*speeds, *sizes])} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def bars(record: dict[str, Any], steps: int = 5) -> list[tuple[str, str, int, float, float, float]]:
+    """(network, precision, threads, unitstep ÷ fastest other library, unitstep ÷ CNN, memory ÷ leanest other library)
+    at `steps` timesteps."""
+    found: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
+    for row in record["speeds"]:
+        if row["steps"] == steps:
+            found.setdefault((row["net"], row["precision"], row["threads"]), {})[row["contender"]] = row
+    ratios = []
+    for case, rows in found.items():
+        ours, fastest = rows[UNITSTEP]["median"], max(rows[peer]["median"] for peer in PEERS)
+        leanest = min(rows[peer]["memory"] or 0 for peer in PEERS)
+        memory = (rows[UNITSTEP]["memory"] or 0) / leanest if leanest else float("nan")
+        ratios.append((*case, ours / fastest, ours / rows[CNN]["median"], memory))
+    return ratios

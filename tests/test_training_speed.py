@@ -1,0 +1,52 @@
+"""The race of training steps: that everything takes part, at a size that says nothing about speed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from unitstep import training_speed
+from unitstep.peers import PEERS
+
+pytest.importorskip("snntorch", reason="bench train needs snntorch (the bench extra)")
+pytest.importorskip("spikingjelly", reason="bench train needs spikingjelly, installed with --no-deps")
+pytest.importorskip("norse", reason="bench train needs norse, installed with --no-deps")
+
+
+def test_all_contenders_run(tmp_path):
+    out = tmp_path / "record.json"
+    options = ["--nets", "vgg-mini", "--steps", "2", "--batch", "4", "--precisions", "bf16", "--threads", "1"]
+    command = [sys.executable, "-m", "unitstep", "bench", "train", *options, "--rounds", "1", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    record = json.loads(out.read_text())
+    assert [row["contender"] for row in record["speeds"]] == list(training_speed.CONTENDERS)
+    assert all(row["median"] > 0 and row["memory"] is not None for row in record["speeds"])
+    assert set(record["versions"]) == set(training_speed.LIBRARIES)
+    assert "| vgg-mini, bf16, batch 4 | T = 2, 1 thread | MB, T = 2 |" in done.stdout
+    assert done.stderr.splitlines() == ["vgg-mini, T = 2, bf16, 1 threads"]
+
+
+def test_ratios_are_against_the_best_of_the_others():
+    speeds = {
+        "unitstep": (30, 50),
+        "SpikingJelly": (20, 200),
+        "snnTorch": (10, 100),
+        "Norse": (5, 400),
+        "CNN": (40, 10),
+    }
+    case = {"net": "net", "steps": 5, "batch": 1, "precision": "bf16", "threads": 1}
+    rows = [case | {"contender": name, "median": m, "memory": b} for name, (m, b) in speeds.items()]
+    assert training_speed.bars({"speeds": rows}) == [("net", "bf16", 1, 1.5, 0.75, 0.5)]
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(training_speed, "LIBRARIES", ("torch", "no-such-library"))
+    with pytest.raises(ValueError, match=r"no-such-library takes part but is not installed: pip install"):
+        training_speed.bench_train()
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_other_libraries_neurons_fire_and_learn(peer):
+    case = training_speed.Case("vgg-mini", 3, 4, "fp32", 1)
+    training_speed.step_of(peer, case, 4)()
