@@ -2,10 +2,11 @@
 
     python -m benchmarks.training_profile step --label after       a step of vgg16-conv at T = 5, into the record
     python -m benchmarks.training_profile epoch --data IMAGES      an epoch of cifar10-quick at T = 1, into the record
-    python -m benchmarks.training_profile table                    writes docs/training-profile.md
+    python -m benchmarks.training_profile docs                     tables and picture of docs/training-speed.md
 
-The record is benchmarks/records/training-profile.json. "before" was taken with the source of an older commit, by
-PYTHONPATH. Nothing else should run meanwhile.
+The record is benchmarks/records/training-profile.json; docs reads benchmarks/records/training-speed.json, too, which
+`unitstep bench train` writes. "before" was taken with the source of an older commit, by PYTHONPATH. Nothing else should
+run meanwhile.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def trainer(net: str, steps: int, batch: int) -> tuple[nn.Module, Any]:
 
 
 def saved_bytes(loss: torch.Tensor) -> dict[str, int]:
-    """What the graph of `loss` keeps for the backward pass, by the kind of operation; each storage once, weights not."""
+    """What the graph of `loss` keeps for the backward pass, by kind of operation; each storage once, no weights."""
     found: Counter[str] = Counter()
     seen, nodes, queue = set(), set(), [loss.grad_fn]
     while queue:
@@ -150,9 +151,42 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Images per second and memory against T, of each contender, for each network in bf16 on the most threads."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in record["speeds"] if row["precision"] == "bf16"]
+    rows = [row for row in rows if row["threads"] == max(row["threads"] for row in rows)]
+    networks = list(dict.fromkeys(row["net"] for row in rows))
+    figure = Figure(figsize=(10, 3.6 * len(networks)), layout="constrained")
+    axes = figure.subplots(len(networks), 2, squeeze=False)
+    for network, (speed, memory) in zip(networks, axes, strict=True):
+        for contender in dict.fromkeys(row["contender"] for row in rows):
+            mine = [row for row in rows if (row["net"], row["contender"]) == (network, contender)]
+            style = "k--" if contender == "CNN" else "o-"
+            speed.plot([row["steps"] for row in mine], [row["median"] for row in mine], style, label=contender)
+            memory.plot([row["steps"] for row in mine], [row["memory"] / 1e6 for row in mine], style)
+        speed.set(title=network, ylabel="training, images per second", yscale="log")
+        memory.set(title=network, ylabel="memory of a step, MB", ylim=(0, None))
+        for axis in (speed, memory):
+            axis.set(xlabel="timesteps T", xticks=sorted({row["steps"] for row in rows}))
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def write_docs(docs: Path) -> None:
+    from unitstep import training_speed  # the older commit has none
+
+    (docs / "training-profile.md").write_text(table(json.loads(RECORD.read_text())["rows"]))
+    speeds = json.loads((RECORD.parent / "training-speed.json").read_text())
+    (docs / "training-speed-table.md").write_text(training_speed.table(speeds))
+    draw(speeds, docs / "training-speed.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "epoch", "table"])
+    parser.add_argument("what", choices=["step", "epoch", "docs"])
     parser.add_argument("--label", default="now")
     parser.add_argument("--data", help="CIFAR-10, for epoch")
     options = parser.parse_args()
@@ -161,8 +195,9 @@ def main() -> None:
         rows[options.label] = {"net": NET, "steps": STEPS, "batch": BATCH, **of_step(), **provenance()}
     elif options.what == "epoch":
         rows["epoch"] = {"epoch": of_epoch(options.data), **provenance()}
+    else:
+        return write_docs(HERE.parent / "docs")
     write_json(RECORD, {"schema": 1, "rows": rows})
-    (HERE.parent / "docs" / "training-profile.md").write_text(table(rows))
     print(table(rows))
 
 

@@ -26,7 +26,7 @@ from unitstep.calibration import to_spiking
 from unitstep.neuron import compiled, compiler_available
 from unitstep.peers import PEERS
 from unitstep.recomputing import recomputing
-from unitstep.runs import machine
+from unitstep.runs import provenance
 from unitstep.timing import peak_memory, race
 
 CLASSES, SIZE = 10, 32
@@ -76,7 +76,7 @@ def bench_train(
             progress(f"{net}, T = {T}, {precision}, {count} threads")
         for speed in _race(case, rounds):
             rows.append(asdict(case) | asdict(speed) | {"median": statistics.median(speed.rounds)})
-    return {"schema": 1, "speeds": rows, "versions": versions, "machine": machine()}
+    return {"schema": 1, "speeds": rows, **provenance(), "versions": versions}
 
 
 def installed(libraries: tuple[str, ...]) -> Iterator[tuple[str, str]]:
