@@ -95,6 +95,20 @@ def test_the_tables_as_markdown(measured, tmp_path):
     assert "- seeds: 0" in text
 
 
+def test_training_cost_from_a_log_and_from_one_of_an_older_version(measured, tmp_path):
+    run = copied(measured, tmp_path / "run", lambda found: None)
+    row = {"stage": 0, "epoch": 1, "step": 5, "loss": 1.0, "val_accuracy": 50.0, "lr": 0.1, "seconds": 2.0}
+    added = {"images_per_second": 100.0, "val_seconds": run.stages[0].seconds / 4, "memory": 300_000_000}
+    rows = [row | added, row | {"stage": 1}]  # the second is of an older version
+    (run.path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report([run], tmp_path / "report.md", format="md").read_text()
+    first, second = (stage.seconds for stage in run.stages[:2])
+    assert f"| CNN | 1 | 100 | {first:.0f} | 25 | 300 |" in text
+    assert f"| T = 2 | 1 |  | {second:.0f} |  |  |" in text
+    (run.path / "1-t2.safetensors").unlink()
+    assert "| T = 2 | 1, not finished |  | 2 |  |  |" in report([run], tmp_path / "a.md", format="md").read_text()
+
+
 def test_seeds_of_one_recipe_are_a_mean_with_its_spread(measured, tmp_path):
     def other(found):
         found["recipe"]["seed"] = 1
