@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RECORDS, spread
-from unitstep.reporting import PAPER, PAPER_STEPS
+from unitstep.tables import PAPER, PAPER_STEPS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 

@@ -109,6 +109,27 @@ def test_training_cost_from_a_log_and_from_one_of_an_older_version(measured, tmp
     assert "| T = 2 | 1, not finished |  | 2 |  |  |" in report([run], tmp_path / "a.md", format="md").read_text()
 
 
+def test_latency_at_equal_accuracy(measured, tmp_path):
+    def row(strategy, initial, steps, accuracy, latency=None):
+        return {"strategy": strategy, "initial": initial, "steps": steps, "accuracy": accuracy, "latency": latency}
+
+    rows = [
+        row("maximum", 0.0, 1, 10.0), row("maximum", 0.0, 64, 90.0, 0.064), row("maximum", 0.5, 8, 60.0),
+        row("maximum", 0.5, 16, 90.5, 0.01), row("least squares", 0.0, 32, 70.0), row("least squares", 0.5, 16, 80.0),
+        row("rate code", 0.0, 128, 90.0),
+    ]  # fmt: skip
+    about = {"steps": 1, "images": 500, "accuracy": 90.0, "latency": 0.002, "seconds": 60.0}
+    run = copied(measured, tmp_path / "run", lambda found: found.update(conversion_alone=about | {"rows": rows}))
+    text = report([run], tmp_path / "report.md", format="md").read_text()
+    assert "| this run | 1 | 90.00 | 2.00 | 1.0 |" in text
+    assert "| maximum, initial 0.5 | 16 | 90.50 | 10.00 | 5.0 |" in text
+    assert "| least squares, initial 0.5 | not within 16 | 80.00 |  |  |" in text
+    assert "| rate code | 128 | 90.00 |  |  |" in text
+    assert "Conversion alone, without training" in report([run], tmp_path / "report.html").read_text()
+    text = report([measured], tmp_path / "without.md", format="md").read_text()
+    assert "Latency at equal accuracy" not in text
+
+
 def test_seeds_of_one_recipe_are_a_mean_with_its_spread(measured, tmp_path):
     def other(found):
         found["recipe"]["seed"] = 1

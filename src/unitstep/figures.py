@@ -53,6 +53,7 @@ def figures_of(group: Group) -> dict[str, Figure]:
     found = {
         "Spikes per neuron, by layer and timesteps": _rates(group), "Training": _curves(group),
         "Thresholds over the stages": _drift(group, "threshold"), "Leaks over the stages": _drift(group, "leak"),
+        "Conversion alone, without training": _alone(group),
         f"Membranes at {last}": _membranes(group), f"Confusion at {last}": _confusion(group),
     }  # fmt: skip
     return {title: figure for title, figure in found.items() if figure}
@@ -89,6 +90,34 @@ def _curves(group: Group) -> Figure | None:
     right = {"title": "training loss (dotted)", "overlaying": "y", "side": "right", "showgrid": False}
     layout = {"xaxis": {"title": "epochs, all stages"}, "yaxis": {"title": "validation, %"}, "yaxis2": right}
     return {"data": data, "layout": layout} if done else None
+
+
+def _alone(group: Group) -> Figure | None:
+    """Accuracy by conversion alone against T, and the run's own."""
+    found = group.first.get("conversion_alone")
+    if found is None:
+        return None
+    ways = list(dict.fromkeys((row["strategy"], row["initial"]) for row in found["rows"]))
+    strategies = list(dict.fromkeys(strategy for strategy, _ in ways))
+    data: list[dict[str, Any]] = []
+    for strategy, initial in ways:
+        rows = [row for row in found["rows"] if (row["strategy"], row["initial"]) == (strategy, initial)]
+        name, number = f"{strategy}, initial {initial:g}", strategies.index(strategy)
+        line = {"color": COLOURS[number % len(COLOURS)], "dash": "solid" if initial == 0 else "dash"}
+        data.append(
+            {"x": [row["steps"] for row in rows], "y": [row["accuracy"] for row in rows], "name": name, "line": line,
+             "mode": "lines+markers", "marker": {"size": 4}, "legendgroup": strategy,
+             "hovertemplate": name + ", T = %{x}: %{y:.2f} %<extra></extra>"}
+        )  # fmt: skip
+    own = f"this run, {name_of(found['steps'])}"
+    data.append(
+        {"x": [1, max(row["steps"] for row in found["rows"])], "y": [found["accuracy"]] * 2, "name": own,
+         "mode": "lines", "line": {"color": "#7f7f7f", "dash": "dot"},
+         "hovertemplate": own + ": %{y:.2f} %<extra></extra>"}
+    )  # fmt: skip
+    marks = sorted({row["steps"] for row in found["rows"]})
+    axis = {"title": "timesteps T", "type": "log", "tickvals": marks, "ticktext": [str(mark) for mark in marks]}
+    return {"data": data, "layout": {"xaxis": axis, "yaxis": {"title": "validation, %"}}}
 
 
 def _drift(group: Group, key: str) -> Figure | None:

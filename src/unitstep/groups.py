@@ -103,3 +103,10 @@ def cell(value: float | None, digits: int, spread: float | None = None) -> str:
     if value is None:
         return ""
     return f"{value:,.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+
+def last_points(curve: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of conversion alone, as measure.json has it: the point with most timesteps of each strategy and initial
+    membrane."""
+    ends = {(row["strategy"], row["initial"]): row for row in curve["rows"]}
+    return list(ends.values())

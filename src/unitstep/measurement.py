@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from unitstep.calibration import Activity, record
 from unitstep.conversion import Spiking, trace
+from unitstep.curves import conversion_alone
 from unitstep.data import Split, load_test
 from unitstep.files import read_json, write_json
 from unitstep.fusing import per_channel
@@ -255,12 +256,15 @@ def measure_run(
     device: str = "auto",
     bad_images: Literal["refuse", "skip"] = "refuse",
     speed: bool = False,
+    curve: bool = False,
     progress: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate every finished stage of `run` once on the test split and write measure.json, whose content is returned.
 
     data: where the images are now, if no longer where the recipe says.  speed: time the networks, too, which says
-    something only if nothing else runs meanwhile.  progress: called with (what, done, in all).
+    something only if nothing else runs meanwhile.  curve: find how many timesteps the CNN needs by conversion alone for
+    the last network's accuracy, on validation images; takes up to a quarter of an hour.  progress: called with (what,
+    done, in all).
     ValueError if no stage is finished or the data set has other classes than the run.
     """
     run = run if isinstance(run, Run) else Run(run)
@@ -295,6 +299,8 @@ def measure_run(
         "stages": rows,
         "speed": [asdict(each) for each in time_run(run, first, device=device, progress=progress)] if speed else [],
     }
+    if curve:
+        result["conversion_alone"] = conversion_alone(run, data=data, device=device, speed=speed, progress=progress)
     if finished[-1].index > 0:
         _write_samples(run, finished[-1], test)
     write_json(run.path / "measure.json", result)

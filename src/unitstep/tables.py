@@ -1,12 +1,12 @@
 """The tables of a report, for a page, for Markdown and for a terminal."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from unitstep import energy
-from unitstep.groups import Group, cell, name_of, of_steps
+from unitstep.groups import Group, cell, last_points, name_of, of_steps
 
 # arXiv 2110.05929: (data, network): test accuracy in percent of the CNN and T = 5 … 1; is the last in the abstract?
 PAPER: dict[tuple[str, str], tuple[tuple[float, ...], bool]] = {
@@ -115,6 +115,23 @@ def energy_table(group: Group) -> Table:
     return Table("Energy", columns, rows, note)
 
 
+def ratio_table(group: Group, models: Mapping[str, energy.Model]) -> Table:
+    """How many times less energy than the CNN's, fp32 / int8, by each model: what a terminal has room for."""
+    rows = []
+    for stage in group.first["stages"]:
+        if stage["steps"] is None or not stage["operations"]:
+            continue
+        sums = (sum(layer[key] for layer in stage["operations"]) for key in ("multiplied", "additions"))
+        totals = (energy.total(stage, model) for model in models.values())
+        ratios = (f"{total.cnn_fp32 / total.snn:.1f} / {total.cnn_int8 / total.snn:.2f}" for total in totals)
+        rows.append((name_of(stage["steps"]), *(f"{number / 1e6:.2f} M" for number in sums), *ratios))
+    note = "\n".join(f"{name}: {energy.about(model)}" for name, model in models.items())
+    return Table(
+        "Energy of the CNN (fp32 / int8) ÷ energy of this network, by model; none is a measurement",
+        ("network", "multiplications", "additions", *models), rows, note,
+    )  # fmt: skip
+
+
 def _operation_table(group: Group) -> Table:
     last = group.first["stages"][-1]
     rows: list[tuple[str, ...]] = [
@@ -187,6 +204,33 @@ def speed_table(group: Group) -> Table:
     return Table("Speed", columns, rows, note)
 
 
+def equal_table(group: Group) -> Table | None:
+    """Timesteps and latency at the accuracy of the run's last network: its own, by conversion alone, with a rate
+    code."""
+    found = group.first.get("conversion_alone")
+    if found is None:
+        return None
+    own, wanted = found["latency"], found["accuracy"]
+    rows = [("this run", str(found["steps"]), f"{wanted:.2f}", "" if own is None else f"{1000 * own:.2f}", "1.0")]
+    for strategy in dict.fromkeys(row["strategy"] for row in found["rows"]):
+        ends = [row for row in last_points(found) if row["strategy"] == strategy]
+        there = [row for row in ends if row["accuracy"] >= wanted]
+        best = min(there, key=lambda row: row["steps"]) if there else max(ends, key=lambda row: row["accuracy"])
+        name = strategy + (f", initial {best['initial']:g}" if len(ends) > 1 else "")
+        steps = str(best["steps"]) if there else f"not within {best['steps']}"
+        timed = own is not None and best["latency"] is not None
+        times = (f"{1000 * best['latency']:.2f}", f"{best['latency'] / own:.1f}") if timed else ("", "")
+        rows.append((name, steps, f"{best['accuracy']:.2f}", *times))
+    columns = ("network", "timesteps needed", "validation %", "one image: median, ms", "× this run")
+    note = (
+        f"Conversion alone: the CNN's own weights, thresholds found on training images, no training of spikes. T = 1, "
+        f"2, 4 … until {found['images']:,} validation images, the same for all, are as often right as by this run; up "
+        f"to {found['seconds']:.0f} s for each strategy. Of two initial membranes, 0 and 0.5 thresholds, the better. "
+        "Times are measured in PyTorch, interleaved; the rate code's is not."
+    )
+    return Table("Latency at equal accuracy", columns, rows, note)
+
+
 def _paper_table(group: Group) -> Table | None:
     run = group.runs[0].recipe
     found = PAPER.get((Path(run.data.split("?")[0]).name, run.net))
@@ -226,5 +270,6 @@ def tables_of(group: Group) -> list[Table]:
         energy_table(group),
         _operation_table(group),
         speed_table(group),
+        equal_table(group),
     ]
     return [table for table in [*found, _layer_table(group), _class_table(group)] if table is not None and table.rows]
