@@ -229,15 +229,17 @@ def _layer(name: str, lif: LIF, spikes: Tensor, seen: Activity, images: int) -> 
     dead, saturated = by_channel == 0, by_channel == images * steps
     V = per_channel(seen.threshold, seen.current.dim() - 1)
     left = lif.initial * V if lif.initial else None
-    states = membranes(seen.current, V, lif.leak.detach(), steps, left)
-    relative = torch.stack([(membrane / V).float() for _, membrane, _ in states])
-    bins = (relative.clamp(-1.99, 3.99) + 2).mul(4).long()  # of a quarter, from −2 to 4
+    inside, bins, values = 0, torch.zeros(24, dtype=torch.int64), steps * seen.spikes[0].numel()
+    for _, membrane, _ in membranes(seen.current, V, lif.leak.detach(), steps, left):
+        relative = (membrane / V).float()
+        inside += int(((relative > 0) & (relative < 2)).count_nonzero())
+        quarters = relative.clamp_(-1.99, 3.99).add_(2).mul_(4).to(torch.uint8)  # from −2 to 4
+        bins += quarters.flatten().bincount(minlength=24).cpu()
     return LayerMeasurement(
         name, neurons, lif.threshold.mean().item(), lif.leak.item(), int(spikes.sum()) / images / neurons,
         dead.float().mean().item(), saturated.float().mean().item(),
         dead.all(1).float().mean().item(), saturated.all(1).float().mean().item(),
-        ((relative > 0) & (relative < 2)).float().mean().item(),
-        tuple((bins.flatten().bincount(minlength=24) / bins.numel()).tolist()),
+        inside / values, tuple((bins / values).tolist()),
     )  # fmt: skip
 
 
