@@ -29,6 +29,13 @@ VISIT = """
   document.querySelector(".csv").click();
   seen.requests = performance.getEntriesByType("resource").map(entry => entry.name);
   seen.requests = seen.requests.filter(name => !/^(data|blob):/.test(name));
+  const widths = () => plots.map(plot => plot.querySelector("svg").clientWidth);
+  const tables = () => document.querySelectorAll("details:not([open])").length;
+  const shown = [widths(), tables()];
+  dispatchEvent(new Event("beforeprint"));
+  seen.paper = [Math.max(...widths()), tables()];
+  dispatchEvent(new Event("afterprint"));
+  seen.back = JSON.stringify(shown) == JSON.stringify([widths(), tables()]);
   seen.errors = window.errors;
   document.title = JSON.stringify(seen);
 });</script></body>"""
@@ -80,6 +87,8 @@ def test_the_page_in_a_browser(measured, width, tmp_path):
     assert len(seen["drawn"]) == 11
     assert 0 not in seen["drawn"]
     assert not seen["wide"]
+    assert seen["paper"] == [320, 0]  # two columns on a page, and no table folded away
+    assert seen["back"]
     assert re.search(r"T = 2: \d+\.\d\d %", seen["hover"])
     assert seen["switched"]
     assert seen["about"].startswith("The int8 model and the traffic")
@@ -125,7 +134,7 @@ def test_latency_at_equal_accuracy(measured, tmp_path):
     assert "| maximum, initial 0.5 | 16 | 90.50 | 10.00 | 5.0 |" in text
     assert "| least squares, initial 0.5 | not within 16 | 80.00 |  |  |" in text
     assert "| rate code | 128 | 90.00 |  |  |" in text
-    assert "Conversion alone, without training" in report([run], tmp_path / "report.html").read_text()
+    assert "Conversion alone, from half a threshold" in report([run], tmp_path / "report.html").read_text()
     text = report([measured], tmp_path / "without.md", format="md").read_text()
     assert "Latency at equal accuracy" not in text
 

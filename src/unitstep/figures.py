@@ -53,7 +53,7 @@ def figures_of(group: Group) -> dict[str, Figure]:
     found = {
         "Spikes per neuron, by layer and timesteps": _rates(group), "Training": _curves(group),
         "Thresholds over the stages": _drift(group, "threshold"), "Leaks over the stages": _drift(group, "leak"),
-        "Conversion alone, without training": _alone(group),
+        "Conversion alone, from half a threshold (dotted: from 0)": _alone(group),
         f"Membranes at {last}": _membranes(group), f"Confusion at {last}": _confusion(group),
     }  # fmt: skip
     return {title: figure for title, figure in found.items() if figure}
@@ -88,6 +88,7 @@ def _curves(group: Group) -> Figure | None:
         data += [both | accuracy, both | loss]
         done += rows[-1]["epoch"] if rows else 0
     right = {"title": "training loss (dotted)", "overlaying": "y", "side": "right", "showgrid": False}
+    right |= {"tickmode": "auto"}
     layout = {"xaxis": {"title": "epochs, all stages"}, "yaxis": {"title": "validation, %"}, "yaxis2": right}
     return {"data": data, "layout": layout} if done else None
 
@@ -102,17 +103,18 @@ def _alone(group: Group) -> Figure | None:
     data: list[dict[str, Any]] = []
     for strategy, initial in ways:
         rows = [row for row in found["rows"] if (row["strategy"], row["initial"]) == (strategy, initial)]
-        name, number = f"{strategy}, initial {initial:g}", strategies.index(strategy)
-        line = {"color": COLOURS[number % len(COLOURS)], "dash": "solid" if initial == 0 else "dash"}
+        hover = f"{strategy}, initial {initial:g}, T = %{{x}}: %{{y:.2f}} %<extra></extra>"
+        number = strategies.index(strategy)
+        line = {"color": COLOURS[number % len(COLOURS)], "dash": "dot" if initial == 0 else "solid"}
         data.append(
-            {"x": [row["steps"] for row in rows], "y": [row["accuracy"] for row in rows], "name": name, "line": line,
-             "mode": "lines+markers", "marker": {"size": 4}, "legendgroup": strategy,
-             "hovertemplate": name + ", T = %{x}: %{y:.2f} %<extra></extra>"}
+            {"x": [row["steps"] for row in rows], "y": [row["accuracy"] for row in rows], "line": line,
+             "name": strategy.split(" (")[0], "mode": "lines+markers", "marker": {"size": 4}, "legendgroup": strategy,
+             "showlegend": (strategy, 0.5) not in ways or initial == 0.5, "hovertemplate": hover}
         )  # fmt: skip
     own = f"this run, {name_of(found['steps'])}"
     data.append(
         {"x": [1, max(row["steps"] for row in found["rows"])], "y": [found["accuracy"]] * 2, "name": own,
-         "mode": "lines", "line": {"color": "#7f7f7f", "dash": "dot"},
+         "mode": "lines", "line": {"color": "#7f7f7f", "dash": "dash"},
          "hovertemplate": own + ": %{y:.2f} %<extra></extra>"}
     )  # fmt: skip
     marks = sorted({row["steps"] for row in found["rows"]})
