@@ -59,6 +59,7 @@ def test_a_run_measured_with_its_curve(unbroken, tmp_path, monkeypatch):
     assert ways == {*((strategy, initial) for strategy in STRATEGIES for initial in (0, 0.5)), (RATE, 0)}
     assert all(row["latency"] is None for row in found["rows"])
     assert len(last_points(found)) == 11
+    assert conversion_alone(run, images=200, seconds=0.0)["cnn_accuracy"] == run.stages[0].val_accuracy
 
 
 def test_what_gets_there_is_timed(unbroken, monkeypatch):

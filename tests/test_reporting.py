@@ -127,10 +127,11 @@ def test_latency_at_equal_accuracy(measured, tmp_path):
         row("maximum", 0.5, 16, 90.5, 0.01), row("least squares", 0.0, 32, 70.0), row("least squares", 0.5, 16, 80.0),
         row("rate code", 0.0, 128, 90.0),
     ]  # fmt: skip
-    about = {"steps": 1, "images": 500, "accuracy": 90.0, "latency": 0.002, "seconds": 60.0}
+    about = {"steps": 1, "images": 500, "accuracy": 90.0, "cnn_accuracy": 91.0, "latency": 0.002, "seconds": 60.0}
     run = copied(measured, tmp_path / "run", lambda found: found.update(conversion_alone=about | {"rows": rows}))
     text = report([run], tmp_path / "report.md", format="md").read_text()
     assert "| this run | 1 | 90.00 | 2.00 | 1.0 |" in text
+    assert "| its CNN, not spiking |  | 91.00 |  |  |" in text
     assert "| maximum, initial 0.5 | 16 | 90.50 | 10.00 | 5.0 |" in text
     assert "| least squares, initial 0.5 | not within 16 | 80.00 |  |  |" in text
     assert "| rate code | 128 | 90.00 |  |  |" in text

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unitstep.calibration import calibrate_, unroll
 from unitstep.conversion import Spiking
@@ -126,7 +126,8 @@ def conversion_alone(
     Both are evaluated on the same `images` validation images, drawn at random with seed 0; each strategy has so many
     `seconds`.  speed: also time a single image of the networks that get there, in one race with the run's own.
     progress: called with (what, done, in all).  Returns {"steps", "images", "accuracy", "latency" of the run's last
-    network, "seconds" for each strategy, "rows": a `Point` each}. ValueError if the run has no CNN or no spiking stage.
+    network, "cnn_accuracy", "seconds" for each strategy, "rows": a `Point` each}. ValueError if the run has no CNN or
+    no spiking stage.
     """
     finished, r, where = run.stages, run.recipe, choose_device(device)
     if not finished or finished[0].index > 0 or finished[-1].index == 0:
@@ -139,9 +140,13 @@ def conversion_alone(
     drawn = itertools.islice(val.batches(size, seed=0), images // size)
     batches = [(x.to(where).contiguous(memory_format=torch.channels_last), y.to(where)) for x, y in drawn]
     count = sum(len(y) for _, y in batches)
-    with torch.no_grad():
-        right = sum(int((forward(last, x, steps).argmax(1) == y).sum()) for x, y in batches)
-    accuracy, points, there = 100 * right / count, list[Point](), dict[int, tuple[Spiking, int]]()
+
+    @torch.no_grad()
+    def percent(net: nn.Module, steps: int | None) -> float:
+        return 100 * sum(int((forward(net, x, steps).argmax(1) == y).sum()) for x, y in batches) / count
+
+    accuracy, of_cnn = percent(last, steps), percent(run.net(0).to(where), None)
+    points, there = list[Point](), dict[int, tuple[Spiking, int]]()
     ways = [*itertools.product(STRATEGIES, INITIALS), (RATE, 0.0)]
     for number, (strategy, initial) in enumerate(ways):
         recipe = replace(r, initial=initial, height="threshold", readout="mean")
@@ -160,6 +165,6 @@ def conversion_alone(
         for index, median in zip(there, taken, strict=True):
             points[index] = replace(points[index], latency=median)
     return {
-        "steps": steps, "images": count, "accuracy": accuracy, "latency": latency, "seconds": seconds,
-        "rows": [vars(point) for point in points],
+        "steps": steps, "images": count, "accuracy": accuracy, "cnn_accuracy": of_cnn, "latency": latency,
+        "seconds": seconds, "rows": [vars(point) for point in points],
     }  # fmt: skip

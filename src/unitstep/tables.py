@@ -211,7 +211,10 @@ def equal_table(group: Group) -> Table | None:
     if found is None:
         return None
     own, wanted = found["latency"], found["accuracy"]
-    rows = [("this run", str(found["steps"]), f"{wanted:.2f}", "" if own is None else f"{1000 * own:.2f}", "1.0")]
+    rows = [
+        ("this run", str(found["steps"]), f"{wanted:.2f}", "" if own is None else f"{1000 * own:.2f}", "1.0"),
+        ("its CNN, not spiking", "", f"{found['cnn_accuracy']:.2f}", "", ""),
+    ]
     for strategy in dict.fromkeys(row["strategy"] for row in found["rows"]):
         ends = [row for row in last_points(found) if row["strategy"] == strategy]
         there = [row for row in ends if row["accuracy"] >= wanted]
