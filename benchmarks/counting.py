@@ -20,9 +20,11 @@ import torch
 from unitstep.compact import pretrained
 from unitstep.data import InMemory, load_train
 from unitstep.files import write_json
+from unitstep.groups import cell
 from unitstep.ladder import accuracy
 from unitstep.measurement import measure
 from unitstep.runs import provenance
+from unitstep.tables import markdown
 from unitstep.timing import race
 
 RECORD = Path(__file__).parent / "records" / "counting.json"
@@ -52,18 +54,19 @@ def bench(steps: list[int], images: int, rounds: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """A record as a Markdown table."""
-    lines = ["| T | spikes per neuron | plain, s | counting, s | ratio |", "|---|---|---|---|---|"]
-    for row in found["rows"]:
-        seconds = (f"{median(row[key]):.2f}" for key in ("plain_seconds", "counting_seconds"))
-        ratio = f"{row['ratio']:.2f} ± {row['deviation']:.2f}"
-        lines.append(f"| {row['steps']} | {row['spikes_per_neuron']:.3f} | {' | '.join(seconds)} | {ratio} |")
+    rows = [
+        (str(row["steps"]), cell(row["spikes_per_neuron"], 3), cell(median(row["plain_seconds"]), 2),
+         cell(median(row["counting_seconds"]), 2), cell(row["ratio"], 2, row["deviation"]))
+        for row in found["rows"]
+    ]  # fmt: skip
     machine = found["machine"]
     conditions = (
         f"{found['images']:,} images of {found['data']}, `{found['network']}`, {machine['cpu']}, {machine['threads']} "
         f"threads, torch {found['versions']['torch']}; medians of seconds; ratio: mean of {found['rows'][0]['n']} "
         "rounds ± deviation."
     )
-    return "\n".join([*lines, "", conditions]) + "\n"
+    columns = ("T", "spikes per neuron", "plain, s", "counting, s", "ratio")
+    return f"{markdown(columns, rows)}\n\n{conditions}\n"
 
 
 def main() -> None:

@@ -28,9 +28,14 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows]
-        body = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        body = markdown(self.columns, self.rows)
         return f"## {self.title}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its first column to the left, the others to the right."""
+    lines = [columns, ("---", *("---:" for _ in columns[1:])), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def stage_table(group: Group) -> Table:
