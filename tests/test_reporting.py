@@ -104,6 +104,13 @@ def test_the_tables_as_markdown(measured, tmp_path):
     assert "- seeds: 0" in text
 
 
+def test_energy_by_your_own_figures(measured, tmp_path):
+    text = report([measured], tmp_path / "report.md", format="md", pj=(2.5, 0.5)).read_text()
+    assert "own: Compute alone: 2.5 pJ for a multiply-accumulate, 0.5 for an accumulation." in text
+    assert "| T = 1, own |" in text
+    assert "<option>own</option>" in report([measured], tmp_path / "a.html", pj=(2.5, 0.5)).read_text()
+
+
 def test_training_cost_from_a_log_and_from_one_of_an_older_version(measured, tmp_path):
     run = copied(measured, tmp_path / "run", lambda found: None)
     row = {"stage": 0, "epoch": 1, "step": 5, "loss": 1.0, "val_accuracy": 50.0, "lr": 0.1, "seconds": 2.0}
@@ -115,7 +122,8 @@ def test_training_cost_from_a_log_and_from_one_of_an_older_version(measured, tmp
     assert f"| CNN | 1 | 100 | {first:.0f} | 25 | 300 |" in text
     assert f"| T = 2 | 1 |  | {second:.0f} |  |  |" in text
     (run.path / "1-t2.safetensors").unlink()
-    assert "| T = 2 | 1, not finished |  | 2 |  |  |" in report([run], tmp_path / "a.md", format="md").read_text()
+    half = copied(run, tmp_path / "half", lambda found: found["stages"].__delitem__(slice(1, None)))
+    assert "| T = 2 | 1, not finished |  | 2 |  |  |" in report([half], tmp_path / "a.md", format="md").read_text()
 
 
 def test_latency_at_equal_accuracy(measured, tmp_path):
@@ -169,8 +177,10 @@ def test_half_a_run_shows_what_is_there(measured, tmp_path):
     run = copied(measured, tmp_path / "half", half)
     (run.path / "samples.safetensors").unlink()
     text = report([run], tmp_path / "half.md", format="md").read_text()
-    assert "| T = 1 | not trained yet |" in text
-    assert "At T = 2, " in text
+    assert "| T = 1 | not measured yet |" in text
+    assert "vgg-mini on fashion-mini. At T = 2, " in text
+    (run.path / "2-t1.safetensors").unlink()
+    assert "| T = 1 | not trained yet |" in report([run], tmp_path / "half.md", format="md").read_text()
 
     def less(found):
         del found["stages"][1:]
@@ -194,6 +204,17 @@ def test_what_cannot_be_shown_is_told(measured, unbroken, tmp_path):
     old = copied(measured, tmp_path / "old", lambda found: found["stages"][0].pop("confusion"))
     with pytest.raises(ValueError, match=r"older version.*unitstep measure"):
         report([old], tmp_path / "a.html")
+    part = copied(measured, tmp_path / "part", lambda found: found["stages"][0].pop("test_interval"))
+    with pytest.raises(ValueError, match=r"part/measure\.json is damaged"):
+        report([part], tmp_path / "a.html")
+    cut = copied(measured, tmp_path / "cut", lambda found: None)
+    samples = cut.path / "samples.safetensors"
+    samples.write_bytes(samples.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"samples\.safetensors is damaged"):
+        report([cut], tmp_path / "a.html")
+    (cut.path / "log.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl is damaged"):
+        report([cut], tmp_path / "a.html")
     empty = copied(measured, tmp_path / "empty", lambda found: found.pop("stages"))
     with pytest.raises(ValueError, match=r"measure\.json is damaged"):
         report([empty], tmp_path / "a.html")

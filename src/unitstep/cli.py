@@ -339,7 +339,10 @@ def _report(arguments: list[str]) -> int:
     import tyro
 
     def report(
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path, format: Literal["html", "md"] = "html"
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+        out: Path,
+        format: Literal["html", "md"] = "html",
+        pj: tuple[float, float] | None = None,
     ) -> int:
         """Write one page about runs that have been measured: a file that works offline. Nothing is run again.
 
@@ -347,10 +350,11 @@ def _report(arguments: list[str]) -> int:
             runs: Folders of runs, of the same images. Runs of one recipe with other seeds are shown as mean and spread.
             out: The file, overwritten if it is there.
             format: html, or md for the tables as Markdown.
+            pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
         """
         from unitstep import reporting
 
-        _say(f"{reporting.report(runs, out, format=format)} is written")
+        _say(f"{reporting.report(runs, out, format=format, pj=pj)} is written")
         return 0
 
     return tyro.cli(report, prog="unitstep report", args=arguments)

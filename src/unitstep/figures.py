@@ -1,5 +1,6 @@
 """The figures of a report, as plotly takes them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from unitstep import energy
@@ -181,11 +182,11 @@ def _confusion(group: Group) -> Figure | None:
     }
 
 
-def energies(group: Group) -> dict[str, Any]:
+def energies(group: Group, models: Mapping[str, energy.Model]) -> dict[str, Any]:
     """By model: totals of each T, and of the layers at the least T, in microjoules."""
     stages = [stage for stage in group.first["stages"] if stage["steps"] is not None and stage["operations"]]
     found: dict[str, Any] = {}
-    for name, model in energy.MODELS.items() if stages else ():
+    for name, model in models.items() if stages else ():
         totals = [energy.total(stage, model) for stage in stages]
         layers = energy.per_layer(stages[-1], model)
         found[name] = {

@@ -11,6 +11,8 @@ from typing import Any
 from unitstep.runs import Run
 
 COLOURS = ("#3b76af", "#ef8636", "#519e3e", "#c53a32", "#8d69b8", "#84584e")
+STAGE = {"index", "name", "steps", "val_accuracy", "test_accuracy", "test_interval", "test_images"}
+STAGE |= {"spikes_per_neuron", "seconds", "layers", "operations", "confusion"}
 
 
 @dataclass
@@ -60,13 +62,18 @@ def _measured(run: Run) -> dict[str, Any]:
     if found is None:
         raise ValueError(f"{run.path} has not been measured: unitstep measure {run.path}")
     keys = {"recipe", "data", "stages", "machine", "versions", "trained"}
-    if not isinstance(found, dict) or not keys <= found.keys() or not found["stages"]:
-        raise ValueError(f"{run.path / 'measure.json'} is damaged: unitstep measure {run.path} writes it again")
+    damaged = f"{run.path / 'measure.json'} is damaged: unitstep measure {run.path} writes it again"
+    if not keys <= found.keys() or not found["stages"]:
+        raise ValueError(damaged)
     if any("confusion" not in stage for stage in found["stages"]):
         raise ValueError(
             f"{run.path / 'measure.json'} was written by an older version, without operations: unitstep measure "
             f"{run.path} writes it again"
         )
+    if not {"source", "classes", "test_images"} <= found["data"].keys() or any(
+        not stage.keys() >= STAGE for stage in found["stages"]
+    ):
+        raise ValueError(damaged)
     return found
 
 

@@ -6,7 +6,7 @@ Runs of one recipe with other seeds are a group, shown as mean and spread; detai
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,16 +24,24 @@ from unitstep.tables import tables_of
 Format = Literal["html", "md"]
 
 
-def report(runs: Sequence[Run | str | Path], out: str | Path, *, format: Format = "html") -> Path:
+def report(
+    runs: Sequence[Run | str | Path],
+    out: str | Path,
+    *,
+    format: Format = "html",
+    pj: tuple[float, float] | None = None,
+) -> Path:
     """Write a page about `runs` to the file `out`: HTML in one file that needs no network, or Markdown with the tables.
 
+    pj: a further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
     ValueError if a run has not been measured, a file of it is damaged, or the runs are of different images, so that
     their accuracies do not compare.
     """
     if format not in ("html", "md"):
         raise ValueError(f"format must be html or md, not {format!r}")
     groups = read_groups(runs)
-    text = _html(groups) if format == "html" else _markdown(groups)
+    models = energy.MODELS | ({"own": energy.own(*pj)} if pj else {})
+    text = _html(groups, models) if format == "html" else _markdown(groups, models)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text.encode())
@@ -45,14 +53,18 @@ def report(runs: Sequence[Run | str | Path], out: str | Path, *, format: Format 
 
 def _verdict(group: Group) -> str:
     """The result in a sentence, with its numbers."""
+    recipe = group.runs[0].recipe
+    what = f"{recipe.net} on {Path(group.first['data']['source']).name}"
     stages = {row["steps"]: row for row in group.stages}
     steps = [each for each in stages if each is not None]
     if not steps:
-        return "Only the CNN has been trained and measured so far."
+        return f"{what}. Only the CNN has been trained and measured so far."
     least = min(steps)
     accuracy, spread = stages[least]["test_accuracy"]
     last = of_steps(group.first, least)
-    text = f"At {name_of(least)}, {cell(accuracy, 2, spread)} % of {last['test_images']:,} test images are right"
+    text = (
+        f"{what}. At {name_of(least)}, {cell(accuracy, 2, spread)} % of {last['test_images']:,} test images are right"
+    )
     if spread is None:
         text += " (95 %: {:.2f} – {:.2f})".format(*last["test_interval"])
     text += f", with {stages[least]['spikes_per_neuron'][0]:.3f} spikes per neuron"
@@ -108,27 +120,27 @@ def health(found: dict[str, Any]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- pages
 
 
-def _html(groups: list[Group]) -> str:
+def _html(groups: list[Group], models: Mapping[str, energy.Model]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
     environment = Environment(loader=PackageLoader("unitstep", "."), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": False}
     sections = [
-        {"group": group, "verdict": _verdict(group), "health": health(group.first), "tables": tables_of(group),
-         "figures": figures_of(group), "energies": energies(group), "samples": _samples(group.runs[0], group.first),
-         "provenance": _provenance(group)}
+        {"group": group, "verdict": _verdict(group), "health": health(group.first), "tables": tables_of(group, models),
+         "figures": figures_of(group), "energies": energies(group, models),
+         "samples": _samples(group.runs[0], group.first), "provenance": _provenance(group)}
         for group in groups
     ]  # fmt: skip
     page = environment.get_template("report.html")
     return page.render(sections=sections, plotly=get_plotlyjs(), overview=over_steps(groups), latency=latency(groups))
 
 
-def _markdown(groups: list[Group]) -> str:
+def _markdown(groups: list[Group], models: Mapping[str, energy.Model]) -> str:
     parts = []
     for group in groups:
         parts.append(f"# {group.name}\n\n{_verdict(group)}\n")
-        parts += [table.markdown() for table in tables_of(group)]
+        parts += [table.markdown() for table in tables_of(group, models)]
         parts += [f"- {sentence}\n" for sentence in health(group.first)]
         parts.append("\n".join(f"- {key}: {value}" for key, value in _provenance(group)) + "\n")
     return "\n".join(parts)

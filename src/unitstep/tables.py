@@ -47,7 +47,7 @@ def stage_table(group: Group) -> Table:
         numbers = cell(row["spikes_per_neuron"][0], 3, row["spikes_per_neuron"][1]), cell(row["seconds"][0], 0)
         accuracies = (cell(mean, 2, spread) for mean, spread in (row["val_accuracy"], row["test_accuracy"]))
         rows.append((row["name"], *accuracies, interval, *numbers))
-    rows += [(name, "not trained yet", "", "", "", "") for name in _missing(group)]
+    rows += [(*missing, "", "", "", "") for missing in _missing(group)]
     columns = ("stage", "validation %", "test %", "95 % interval", "spikes per neuron", "training, s")
     seeds = f"Mean of {n} seeds, ± their standard deviation. " if n > 1 else ""
     return Table("Stages", columns, rows, f"{seeds}Choices were made on validation images.")
@@ -56,20 +56,21 @@ def stage_table(group: Group) -> Table:
 def training_table(group: Group) -> Table:
     """What each stage cost to train, from the log."""
     run, rows = group.runs[0], list[tuple[str, ...]]()
-    finished = {stage.index: stage for stage in run.stages}
+    finished = {stage["index"]: stage["seconds"] for stage in group.first["stages"]}
     log = run.log
     for index, stage in enumerate(run.recipe.stages):
         epochs = [row for row in log if row["stage"] == index]
         if not epochs:
             continue
-        seconds = finished[index].seconds if index in finished else epochs[-1]["seconds"]
+        seconds = finished.get(index, epochs[-1]["seconds"])
+        done = index in finished or run.stage_path(index).exists()
         speeds, validation, memory = (
             [row[key] for row in epochs if row.get(key) is not None]  # logs of older versions are without them
             for key in ("images_per_second", "val_seconds", "memory")
         )
         rows.append(
             (
-                name_of(stage.steps), str(len(epochs)) if index in finished else f"{len(epochs)}, not finished",
+                name_of(stage.steps), str(len(epochs)) if done else f"{len(epochs)}, not finished",
                 cell(statistics.median(speeds), 0) if speeds else "", cell(seconds, 0),
                 cell(100 * sum(validation) / max(seconds, sum(validation)), 0) if validation else "",
                 cell(max(memory) / 1e6, 0) if memory else "",
@@ -79,21 +80,27 @@ def training_table(group: Group) -> Table:
     precision, machine = run.about.get("precision"), run.about.get("machine") or {}
     note = (
         f"On {machine.get('gpu') or machine.get('cpu')}, {machine.get('threads')} threads, {precision}. Images per "
-        "second: median of the epochs, without validation. Memory: what torch had allocated on a GPU, else the whole "
-        "process's."
+        "second: median of the epochs, without validation; a first epoch may have compiled the neurons. Memory: what "
+        "torch had allocated on a GPU, else the whole process's."
     )
     return Table("Training cost", columns, rows, note)
 
 
-def _missing(group: Group) -> list[str]:
-    there = {stage["steps"] for stage in group.stages}
-    return [name_of(stage.steps) for stage in group.runs[0].recipe.stages if stage.steps not in there]
+def _missing(group: Group) -> list[tuple[str, str]]:
+    """Stages that some run lacks, and what they wait for."""
+    there, run = {stage["steps"] for stage in group.stages}, group.runs[0]
+    stages = [(index, stage) for index, stage in enumerate(run.recipe.stages) if stage.steps not in there]
+    trained = [all(run.stage_path(index).exists() for run in group.runs) for index, _ in stages]
+    return [
+        (name_of(stage.steps), "not measured yet" if done else "not trained yet")
+        for (_, stage), done in zip(stages, trained, strict=True)
+    ]
 
 
-def energy_table(group: Group) -> Table:
+def _energy_table(group: Group, models: Mapping[str, energy.Model]) -> Table:
     rows = []
     for stage in group.first["stages"]:
-        for name, model in energy.MODELS.items():
+        for name, model in models.items():
             if stage["steps"] is None or not stage["operations"]:
                 continue
             total = energy.total(stage, model)
@@ -112,10 +119,10 @@ def energy_table(group: Group) -> Table:
         "int8 ÷ SNN",
         "break-even rate",
     )
-    models = " ".join(f"{name}: {energy.about(model)}" for name, model in energy.MODELS.items())
+    assumptions = " ".join(f"{name}: {energy.about(model)}" for name, model in models.items())
     note = (
         "Microjoules per image; none is a measurement. Break-even rate: spikes per neuron at which the int8 CNN costs "
-        f"as much. {models}"
+        f"as much. {assumptions}"
     )
     return Table("Energy", columns, rows, note)
 
@@ -270,12 +277,12 @@ def _class_table(group: Group) -> Table | None:
     return Table(f"Classes at {name_of(last['steps'])}", ("class", "images", "right, %", "most often taken for"), rows)
 
 
-def tables_of(group: Group) -> list[Table]:
+def tables_of(group: Group, models: Mapping[str, energy.Model]) -> list[Table]:
     found = [
         stage_table(group),
         training_table(group),
         _paper_table(group),
-        energy_table(group),
+        _energy_table(group, models),
         _operation_table(group),
         speed_table(group),
         equal_table(group),
