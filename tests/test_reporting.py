@@ -207,6 +207,11 @@ def test_what_cannot_be_shown_is_told(measured, unbroken, tmp_path):
     part = copied(measured, tmp_path / "part", lambda found: found["stages"][0].pop("test_interval"))
     with pytest.raises(ValueError, match=r"part/measure\.json is damaged"):
         report([part], tmp_path / "a.html")
+    deep = copied(measured, tmp_path / "deep", lambda found: found["stages"][-1]["layers"][0].pop("surrogate"))
+    with pytest.raises(
+        ValueError, match=r"deep/measure\.json is damaged or of another version \(KeyError\('surrogate'"
+    ):
+        report([deep], tmp_path / "a.html")
     cut = copied(measured, tmp_path / "cut", lambda found: None)
     samples = cut.path / "samples.safetensors"
     samples.write_bytes(samples.read_bytes()[:1000])

@@ -41,7 +41,8 @@ def report(
         raise ValueError(f"format must be html or md, not {format!r}")
     groups = read_groups(runs)
     models = energy.MODELS | ({"own": energy.own(*pj)} if pj else {})
-    text = _html(groups, models) if format == "html" else _markdown(groups, models)
+    sections = [_section(group, models) for group in groups]
+    text = _html(groups, sections) if format == "html" else _markdown(sections)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text.encode())
@@ -120,29 +121,41 @@ def health(found: dict[str, Any]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- pages
 
 
-def _html(groups: list[Group], models: Mapping[str, energy.Model]) -> str:
+def _section(group: Group, models: Mapping[str, energy.Model]) -> dict[str, Any]:
+    """What is said and shown of a group. ValueError if numbers are not there."""
+    try:
+        return {
+            "group": group, "verdict": _verdict(group), "health": health(group.first),
+            "tables": tables_of(group, models), "figures": figures_of(group), "energies": energies(group, models),
+            "provenance": _provenance(group),
+        }  # fmt: skip
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        run = group.runs[0]
+        raise ValueError(
+            f"{run.path / 'measure.json'} is damaged or of another version ({error!r}): unitstep measure {run.path} "
+            "writes it again"
+        ) from error
+
+
+def _html(groups: list[Group], sections: list[dict[str, Any]]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
     environment = Environment(loader=PackageLoader("unitstep", "."), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": False}
-    sections = [
-        {"group": group, "verdict": _verdict(group), "health": health(group.first), "tables": tables_of(group, models),
-         "figures": figures_of(group), "energies": energies(group, models),
-         "samples": _samples(group.runs[0], group.first), "provenance": _provenance(group)}
-        for group in groups
-    ]  # fmt: skip
+    for section, group in zip(sections, groups, strict=True):
+        section["samples"] = _samples(group.runs[0], group.first)
     page = environment.get_template("report.html")
     return page.render(sections=sections, plotly=get_plotlyjs(), overview=over_steps(groups), latency=latency(groups))
 
 
-def _markdown(groups: list[Group], models: Mapping[str, energy.Model]) -> str:
+def _markdown(sections: list[dict[str, Any]]) -> str:
     parts = []
-    for group in groups:
-        parts.append(f"# {group.name}\n\n{_verdict(group)}\n")
-        parts += [table.markdown() for table in tables_of(group, models)]
-        parts += [f"- {sentence}\n" for sentence in health(group.first)]
-        parts.append("\n".join(f"- {key}: {value}" for key, value in _provenance(group)) + "\n")
+    for section in sections:
+        parts.append(f"# {section['group'].name}\n\n{section['verdict']}\n")
+        parts += [table.markdown() for table in section["tables"]]
+        parts += [f"- {sentence}\n" for sentence in section["health"]]
+        parts.append("\n".join(f"- {key}: {value}" for key, value in section["provenance"]) + "\n")
     return "\n".join(parts)
 
 
