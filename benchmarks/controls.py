@@ -21,9 +21,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-from benchmarks.record import spread
 from unitstep.data import load_train
 from unitstep.files import write_json
+from unitstep.groups import cell
 from unitstep.ladder import train
 from unitstep.measurement import measure
 from unitstep.recipes import Recipe, Stage
@@ -144,20 +144,20 @@ def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[st
 def table(rows: list[dict[str, Any]]) -> str:
     """Validation accuracy in percent: one line per ladder or variant; mean, and ± the standard deviation over seeds."""
 
-    def cell(values: list[float], digits: int) -> str:
-        return spread(mean(values), stdev(values) if len(values) > 1 else None, digits)
+    def of(values: list[float], digits: int) -> str:
+        return cell(mean(values), digits, stdev(values) if len(values) > 1 else None)
 
     text = [
         "| batch norm | ladder | changed | CNN | before T = 1 | T = 1 | spikes per neuron | dead | n |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (norm, ladder, variant), runs in lines(rows).items():
-        cnn = "" if ladder == SCRATCH else cell([run["stages"][0]["val_accuracy"] for run in runs], 1)
-        above = cell([run["stages"][-2]["val_accuracy"] for run in runs], 1) if LADDERS[ladder] else ""
+        cnn = "" if ladder == SCRATCH else of([run["stages"][0]["val_accuracy"] for run in runs], 1)
+        above = of([run["stages"][-2]["val_accuracy"] for run in runs], 1) if LADDERS[ladder] else ""
         last = [run["stages"][-1] for run in runs]
-        dead = cell([100 * max(layer["dead"] for layer in stage["layers"]) for stage in last], 0)
-        cells = [norm, ladder, variant, cnn, above, cell([stage["val_accuracy"] for stage in last], 1)]
-        cells += [cell([stage["spikes_per_neuron"] for stage in last], 3), f"{dead} %", str(len(runs))]
+        dead = of([100 * max(layer["dead"] for layer in stage["layers"]) for stage in last], 0)
+        cells = [norm, ladder, variant, cnn, above, of([stage["val_accuracy"] for stage in last], 1)]
+        cells += [of([stage["spikes_per_neuron"] for stage in last], 3), f"{dead} %", str(len(runs))]
         text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 

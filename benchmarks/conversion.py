@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unitstep.calibration import calibrate_, unroll
 from unitstep.conversion import spiking
+from unitstep.curves import CALIBRATION_STEPS, INITIALS, RATE, STEPS, STRATEGIES, find_thresholds_, right_at
 from unitstep.data import Split, load_train
 from unitstep.files import write_json
 from unitstep.ladder import calibration_images, train
@@ -35,18 +35,8 @@ RECORD = HERE / "records" / "conversion.json"
 CNN = Recipe(  # small, so that thousands of timesteps can be run
     "cifar10-quick", "", "vgg-small", (Stage(None, 8, 0.1, "nesterov", 5e-4, warmup=0.2, label_smoothing=0.1),)
 )
-STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATE_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 250, 500, 1000, 1500, 2000, 2500)
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "percentile 90 (the paper's)": {"thresholds": "percentile", "percentile": 90.0},
-    "percentile 99.7 × 0.4 (DIET-SNN's)": {"thresholds": "percentile", "percentile": 99.7, "scale": 0.4},
-    "percentile 99 per channel": {"thresholds": "channel-percentile", "percentile": 99.0},
-    "maximum": {"thresholds": "max"},
-    "least squares": {"thresholds": "mse"},
-}
-RATE = "rate code, percentile 99.7"
 BATCH = 250  # images at a time
-CALIBRATION_STEPS = 8  # currents are taken over T steps, but at most over so many
 
 
 def batches(split: Split, images: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,34 +46,6 @@ def batches(split: Split, images: int) -> Iterator[tuple[Tensor, Tensor]]:
         seen += len(x)
         if seen >= images:
             return
-
-
-@torch.no_grad()
-def right_at(
-    snn: Any, x: Tensor, y: Tensor, marks: tuple[int, ...], *, rate_seed: int | None = None, bf16: bool = False
-) -> dict[int, int]:
-    """Images whose class has the largest summed output after each number of steps in `marks`.
-
-    rate_seed: show black and white frames, drawn with it, in place of the images.  bf16: weights and currents;
-    membranes and sums are fp32 all the same.
-    """
-    right = dict.fromkeys(marks, 0)
-    total: Any = 0
-    frames = itertools.repeat(x, max(marks)) if rate_seed is None else rate_code(x, max(marks), rate_seed)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), compiled(True):
-        for t, output in enumerate(unroll(snn, frames), 1):
-            total = total + output.float()
-            if t in right:
-                right[t] += int((total.argmax(1) == y).sum())
-    return right
-
-
-def rate_code(x: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
-    """At every step a pixel is white with a probability of its brightness, else black."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        draw = torch.randint(255, x.shape, generator=generator)
-        yield ((draw < x) * 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
 def measure(run: Run, images: int, rate_images: int, bf16: bool) -> dict[str, Any]:
@@ -122,25 +84,26 @@ def measure(run: Run, images: int, rate_images: int, bf16: bool) -> dict[str, An
         few = [(steps,) for steps in STEPS if steps < CALIBRATION_STEPS]
         many = tuple(steps for steps in STEPS if steps >= CALIBRATION_STEPS)  # one run, as thresholds are the same …
         groups = [*few, many] if options["thresholds"] != "mse" else [(steps,) for steps in STEPS]  # … except here
-        for initial, marks in itertools.product((0.0, 0.5), groups):
+        for initial, marks in itertools.product(INITIALS, groups):
             if (strategy, initial, marks[-1]) in done:
                 continue
             started = time.perf_counter()
             snn = spiking(cnn, initial=initial, norm="fold")
-            over = min(marks[0], CALIBRATION_STEPS)
-            calibrate_(snn, calibration, steps=marks[0], calibration_steps=over, **options)
-            parts = [right_at(snn, x, y, marks) for x, y in batches(val, images)]
+            find_thresholds_(snn, calibration, strategy, marks[0])
+            with compiled(True):
+                parts = [right_at(snn, x, y, marks) for x, y in batches(val, images)]
             right = {mark: sum(part[mark] for part in parts) for mark in marks}
             add(strategy, initial, images, right, time.perf_counter() - started)
     if (RATE, 0.0, max(RATE_STEPS)) not in done and rate_images:
-        options = {"thresholds": "percentile", "percentile": 99.7}
-        snn = calibrate_(spiking(cnn, norm="fold"), calibration, steps=CALIBRATION_STEPS, **options)
+        snn = find_thresholds_(spiking(cnn, norm="fold"), calibration, RATE, max(RATE_STEPS))
         so_far = found.setdefault("rate", {"bf16": bf16, "images": 0, "seconds": 0.0, "right": {}})
         for number, (x, y) in enumerate(batches(val, rate_images)):
             if number * BATCH < so_far["images"]:
                 continue
             started = time.perf_counter()
-            for mark, hits in right_at(snn, x, y, RATE_STEPS, rate_seed=number, bf16=so_far["bf16"]).items():
+            with compiled(True):
+                hits_at = right_at(snn, x, y, RATE_STEPS, rate_seed=number, bf16=so_far["bf16"])
+            for mark, hits in hits_at.items():
                 so_far["right"][str(mark)] = so_far["right"].get(str(mark), 0) + hits
             so_far["images"] += len(x)
             so_far["seconds"] += time.perf_counter() - started

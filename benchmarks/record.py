@@ -14,8 +14,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from unitstep.files import write_json
+from unitstep.groups import cell, name_of
 from unitstep.recipes import differences, without_folder
 from unitstep.runs import Run
+from unitstep.tables import markdown
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -47,26 +49,19 @@ def record(runs: list[Run]) -> dict[str, Any]:
     return {"schema": 1, "n": len(runs), "seeds": [run.recipe.seed for run in runs], "stages": stages, "runs": measured}
 
 
-def spread(mean: float, deviation: float | None, digits: int) -> str:
-    """ "86.40 ± 0.25", or "86.40" where there is no deviation."""
-    return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
-
 def table(found: dict[str, Any]) -> str:
     """A record as a Markdown table: mean, and ± the standard deviation over seeds where there are several."""
+    keys = (("val_accuracy", 2), ("test_accuracy", 2), ("spikes_per_neuron", 3), ("seconds", 0))
+    rows = [
+        (name_of(row["steps"]), *(mean_cell(row[key], digits) if key in row else "" for key, digits in keys))
+        for row in found["stages"]
+    ]
+    return markdown(("stage", "validation %", "test %", "spikes per neuron", "training, s"), rows)
 
-    def cell(row: dict[str, Any], key: str, digits: int) -> str:
-        if key not in row:
-            return ""
-        return spread(row[key]["mean"], row[key]["deviation"], digits)
 
-    lines = ["| stage | validation % | test % | spikes per neuron | training, s |", "|---|---|---|---|---|"]
-    for row in found["stages"]:
-        name = "CNN" if row["steps"] is None else f"T = {row['steps']}"
-        keys = (("val_accuracy", 2), ("test_accuracy", 2), ("spikes_per_neuron", 3), ("seconds", 0))
-        cells = [cell(row, key, digits) for key, digits in keys]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return "\n".join(lines)
+def mean_cell(value: dict[str, Any], digits: int) -> str:
+    """ "86.40 ± 0.25", or "86.40" where there is no deviation."""
+    return cell(value["mean"], digits, value["deviation"])
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RECORDS, spread
-from unitstep.reporting import PAPER, PAPER_STEPS
+from benchmarks.record import RECORDS, mean_cell
+from unitstep.tables import PAPER, PAPER_STEPS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 
@@ -55,20 +55,18 @@ def _paper(records: dict[str, dict[str, Any]]) -> str:
         text += f"| {NAMES[data]} | {NAMES[net]} | paper | {' | '.join(cells)} |\n"
         found = ours.get((data, net))
         stages = {stage["steps"]: stage for stage in found["stages"]} if found else {}
-        cells = [_spread(stages[steps]["test_accuracy"], 2) if steps in stages else "not run" for steps in PAPER_STEPS]
+        cells = [
+            mean_cell(stages[steps]["test_accuracy"], 2) if steps in stages else "not run" for steps in PAPER_STEPS
+        ]
         who = f"unitstep, n = {found['n']}" if found else "unitstep"
         text += f"| | | {who} | {' | '.join(cells)} |\n"
     return text
 
 
-def _spread(value: dict[str, Any], digits: int) -> str:
-    return spread(value["mean"], value["deviation"], digits)
-
-
 def _line(name: str, found: dict[str, Any]) -> str:
     run, stages = found["runs"][0], found["stages"]
     last = stages[-1]
-    at_one = _spread(last["test_accuracy"], 2)
+    at_one = mean_cell(last["test_accuracy"], 2)
     if found["n"] == 1:
         low, high = run["stages"][-1]["test_interval"]
         at_one += f" ({low:.2f}–{high:.2f})"
@@ -77,8 +75,8 @@ def _line(name: str, found: dict[str, Any]) -> str:
     machine, versions = run["trained"]["machine"], run["trained"]["versions"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     where = f"{where}, {run['trained']['precision']}, torch {versions['torch']}"
-    cells = [name, str(found["n"]), run["recipe"]["net"], _spread(stages[0]["test_accuracy"], 2), at_one]
-    cells += [_spread(last["spikes_per_neuron"], 3), epochs, f"{minutes:.0f}", where, run["trained"]["commit"] or ""]
+    cells = [name, str(found["n"]), run["recipe"]["net"], mean_cell(stages[0]["test_accuracy"], 2), at_one]
+    cells += [mean_cell(last["spikes_per_neuron"], 3), epochs, f"{minutes:.0f}", where, run["trained"]["commit"] or ""]
     return f"| {' | '.join(cells)} |\n"
 
 

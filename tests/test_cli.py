@@ -27,11 +27,12 @@ def test_train_measure_and_the_errors_between(tmp_path, capsys):
     assert f"unitstep measure {out}" in printed.err
     assert main(["measure", out, "--no-speed"]) == 0  # timing is in test_speed.py
     table = capsys.readouterr().out
-    first = [line.split()[0] for line in table.splitlines()]
-    assert first[:8] == ["stage", "CNN", "T=5", "T=4", "T=3", "T=2", "T=1", "Energy"]
-    energies = table.splitlines()[first.index("stage", 1) :]
-    assert energies[0].split() == ["stage", "multiplications", "additions", "paper", "exact", "int8", "memory"]
-    assert [line.split()[0] for line in energies[1:6]] == ["T=5", "T=4", "T=3", "T=2", "T=1"]
+    lines, steps = [line.split("  ")[0].rstrip() for line in table.splitlines()], [f"T = {T}" for T in (5, 4, 3, 2, 1)]
+    assert lines[:8] == ["Stages", "stage", "CNN", *steps]
+    start = lines.index("network")
+    head = table.splitlines()[start].split()
+    assert head == ["network", "multiplications", "additions", "paper", "exact", "int8", "memory"]
+    assert lines[start + 1 : start + 6] == steps
     model = tmp_path / "model.onnx"
     assert main(["export", out, "--out", str(model), "--images", "50", "--threads", "1"]) == 0
     printed = capsys.readouterr()

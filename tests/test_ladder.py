@@ -50,6 +50,14 @@ def test_loss_trajectory_is_the_recorded_one(unbroken):
 GOLDEN = [1.40745, 1.44608, 1.63094]  # of the CNN, T=2, T=1, printed by the test on torch 2.13, CPU
 
 
+def test_the_log_tells_what_training_costs(unbroken):
+    assert [row["stage"] for row in unbroken.log] == [0, 1, 2]
+    for row, stage in zip(unbroken.log, unbroken.stages, strict=True):
+        training = row["step"] * stage.stage.batch / row["images_per_second"]
+        assert 0 < training < training + row["val_seconds"] <= stage.seconds + 0.01
+        assert row["memory"] is None or 50e6 < row["memory"] < 20e9
+
+
 def test_the_same_command_again_trains_nothing(unbroken):
     before = weights(unbroken)
     seen: list[Progress] = []

@@ -10,6 +10,7 @@ from PIL import Image
 
 from benchmarks.controls import table as controls_table
 from benchmarks.conversion import table as conversion_table
+from benchmarks.counting import table as counting_table
 from benchmarks.record import RECORDS, table
 from benchmarks.results import PAGE, page, records
 from unitstep.benching import table as deploy_table
@@ -45,6 +46,8 @@ def test_tables_are_those_of_the_records():
     assert deploy_table(json.loads((RECORDS / "deploy.json").read_text())) in README.read_text()
     controls = json.loads((RECORDS / "controls.json").read_text())["rows"]
     assert controls_table(controls) == CONVERSION.with_name("controls-table.md").read_text()
+    if (counting := RECORDS / "counting.json").exists():
+        assert counting_table(json.loads(counting.read_text())) == CONVERSION.with_name("counting-table.md").read_text()
     ladders = records()
     assert ladders.keys() == RUN_TO_THE_END
     assert [name for name, found in ladders.items() if table(found) not in README.read_text()] == []

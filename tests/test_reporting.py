@@ -29,6 +29,13 @@ VISIT = """
   document.querySelector(".csv").click();
   seen.requests = performance.getEntriesByType("resource").map(entry => entry.name);
   seen.requests = seen.requests.filter(name => !/^(data|blob):/.test(name));
+  const widths = () => plots.map(plot => plot.querySelector("svg").clientWidth);
+  const tables = () => document.querySelectorAll("details:not([open])").length;
+  const shown = [widths(), tables()];
+  dispatchEvent(new Event("beforeprint"));
+  seen.paper = [Math.max(...widths()), tables()];
+  dispatchEvent(new Event("afterprint"));
+  seen.back = JSON.stringify(shown) == JSON.stringify([widths(), tables()]);
   seen.errors = window.errors;
   document.title = JSON.stringify(seen);
 });</script></body>"""
@@ -80,6 +87,8 @@ def test_the_page_in_a_browser(measured, width, tmp_path):
     assert len(seen["drawn"]) == 11
     assert 0 not in seen["drawn"]
     assert not seen["wide"]
+    assert seen["paper"] == [320, 0]  # two columns on a page, and no table folded away
+    assert seen["back"]
     assert re.search(r"T = 2: \d+\.\d\d %", seen["hover"])
     assert seen["switched"]
     assert seen["about"].startswith("The int8 model and the traffic")
@@ -93,6 +102,50 @@ def test_the_tables_as_markdown(measured, tmp_path):
     assert f"{found['operations'][0]['macs']:,}" in text
     assert "| CNN, PyTorch | 1.00 | 2.00 | 4,000 | 16 |  |" in text
     assert "- seeds: 0" in text
+
+
+def test_energy_by_your_own_figures(measured, tmp_path):
+    text = report([measured], tmp_path / "report.md", format="md", pj=(2.5, 0.5)).read_text()
+    assert "own: Compute alone: 2.5 pJ for a multiply-accumulate, 0.5 for an accumulation." in text
+    assert "| T = 1, own |" in text
+    assert "<option>own</option>" in report([measured], tmp_path / "a.html", pj=(2.5, 0.5)).read_text()
+
+
+def test_training_cost_from_a_log_and_from_one_of_an_older_version(measured, tmp_path):
+    run = copied(measured, tmp_path / "run", lambda found: None)
+    row = {"stage": 0, "epoch": 1, "step": 5, "loss": 1.0, "val_accuracy": 50.0, "lr": 0.1, "seconds": 2.0}
+    added = {"images_per_second": 100.0, "val_seconds": run.stages[0].seconds / 4, "memory": 300_000_000}
+    rows = [row | added, row | {"stage": 1}]  # the second is of an older version
+    (run.path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report([run], tmp_path / "report.md", format="md").read_text()
+    first, second = (stage.seconds for stage in run.stages[:2])
+    assert f"| CNN | 1 | 100 | {first:.0f} | 25 | 300 |" in text
+    assert f"| T = 2 | 1 |  | {second:.0f} |  |  |" in text
+    (run.path / "1-t2.safetensors").unlink()
+    half = copied(run, tmp_path / "half", lambda found: found["stages"].__delitem__(slice(1, None)))
+    assert "| T = 2 | 1, not finished |  | 2 |  |  |" in report([half], tmp_path / "a.md", format="md").read_text()
+
+
+def test_latency_at_equal_accuracy(measured, tmp_path):
+    def row(strategy, initial, steps, accuracy, latency=None):
+        return {"strategy": strategy, "initial": initial, "steps": steps, "accuracy": accuracy, "latency": latency}
+
+    rows = [
+        row("maximum", 0.0, 1, 10.0), row("maximum", 0.0, 64, 90.0, 0.064), row("maximum", 0.5, 8, 60.0),
+        row("maximum", 0.5, 16, 90.5, 0.01), row("least squares", 0.0, 32, 70.0), row("least squares", 0.5, 16, 80.0),
+        row("rate code", 0.0, 128, 90.0),
+    ]  # fmt: skip
+    about = {"steps": 1, "images": 500, "accuracy": 90.0, "cnn_accuracy": 91.0, "latency": 0.002, "seconds": 60.0}
+    run = copied(measured, tmp_path / "run", lambda found: found.update(conversion_alone=about | {"rows": rows}))
+    text = report([run], tmp_path / "report.md", format="md").read_text()
+    assert "| this run | 1 | 90.00 | 2.00 | 1.0 |" in text
+    assert "| its CNN, not spiking |  | 91.00 |  |  |" in text
+    assert "| maximum, initial 0.5 | 16 | 90.50 | 10.00 | 5.0 |" in text
+    assert "| least squares, initial 0.5 | not within 16 | 80.00 |  |  |" in text
+    assert "| rate code | 128 | 90.00 |  |  |" in text
+    assert "Conversion alone, from half a threshold" in report([run], tmp_path / "report.html").read_text()
+    text = report([measured], tmp_path / "without.md", format="md").read_text()
+    assert "Latency at equal accuracy" not in text
 
 
 def test_seeds_of_one_recipe_are_a_mean_with_its_spread(measured, tmp_path):
@@ -124,8 +177,10 @@ def test_half_a_run_shows_what_is_there(measured, tmp_path):
     run = copied(measured, tmp_path / "half", half)
     (run.path / "samples.safetensors").unlink()
     text = report([run], tmp_path / "half.md", format="md").read_text()
-    assert "| T = 1 | not trained yet |" in text
-    assert "At T = 2, " in text
+    assert "| T = 1 | not measured yet |" in text
+    assert "vgg-mini on fashion-mini. At T = 2, " in text
+    (run.path / "2-t1.safetensors").unlink()
+    assert "| T = 1 | not trained yet |" in report([run], tmp_path / "half.md", format="md").read_text()
 
     def less(found):
         del found["stages"][1:]
@@ -149,6 +204,22 @@ def test_what_cannot_be_shown_is_told(measured, unbroken, tmp_path):
     old = copied(measured, tmp_path / "old", lambda found: found["stages"][0].pop("confusion"))
     with pytest.raises(ValueError, match=r"older version.*unitstep measure"):
         report([old], tmp_path / "a.html")
+    part = copied(measured, tmp_path / "part", lambda found: found["stages"][0].pop("test_interval"))
+    with pytest.raises(ValueError, match=r"part/measure\.json is damaged"):
+        report([part], tmp_path / "a.html")
+    deep = copied(measured, tmp_path / "deep", lambda found: found["stages"][-1]["layers"][0].pop("surrogate"))
+    with pytest.raises(
+        ValueError, match=r"deep/measure\.json is damaged or of another version \(KeyError\('surrogate'"
+    ):
+        report([deep], tmp_path / "a.html")
+    cut = copied(measured, tmp_path / "cut", lambda found: None)
+    samples = cut.path / "samples.safetensors"
+    samples.write_bytes(samples.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"samples\.safetensors is damaged"):
+        report([cut], tmp_path / "a.html")
+    (cut.path / "log.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl is damaged"):
+        report([cut], tmp_path / "a.html")
     empty = copied(measured, tmp_path / "empty", lambda found: found.pop("stages"))
     with pytest.raises(ValueError, match=r"measure\.json is damaged"):
         report([empty], tmp_path / "a.html")

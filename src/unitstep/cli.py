@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from unitstep.energy import Model
     from unitstep.exporting import Parity
     from unitstep.ladder import Progress
+    from unitstep.tables import Table as Shown
 
 USAGE = """\
 usage: unitstep VERB …      (unitstep VERB --help tells more)
@@ -296,6 +296,7 @@ def _measure(arguments: list[str]) -> int:
         bad_images: Literal["refuse", "skip"] = "refuse",
         pj: tuple[float, float] | None = None,
         speed: bool = True,
+        curve: bool = False,
         threads: int | None = None,
     ) -> int:
         """Evaluate every finished stage of a run once on the test images; writes measure.json and prints accuracies,
@@ -308,24 +309,28 @@ def _measure(arguments: list[str]) -> int:
             bad_images: What to do with images that cannot be read.
             pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
             speed: Time the networks, too, in PyTorch and in the runtimes that are installed; nothing else should run.
+            curve: Find how many timesteps the CNN needs by conversion alone, by each threshold strategy and with a
+                rate code, for what the last network reaches; on validation images, in up to a quarter of an hour.
             threads: CPU threads to use; None: all cores.
         """
         import torch
 
         from unitstep import energy, measurement
+        from unitstep.groups import read_groups
+        from unitstep.tables import equal_table, ratio_table, speed_table, stage_table
 
         models = energy.MODELS | ({"own": energy.own(*pj)} if pj else {})
 
         if threads is not None:
             torch.set_num_threads(threads)
         with _bars() as bars:
-            result = measurement.measure_run(
-                str(run), data=data, device=device, bad_images=bad_images, speed=speed, progress=bars.measuring
-            )
-        _console().print(_stage_table(result))
-        _console().print(_energy_table(result, models))
-        if speed:
-            _console().print(_speed_table(result))
+            measurement.measure_run(
+                str(run), data=data, device=device, bad_images=bad_images, speed=speed, curve=curve,
+                progress=bars.measuring,
+            )  # fmt: skip
+        (group,) = read_groups([run])
+        for table in (stage_table(group), ratio_table(group, models), speed_table(group), equal_table(group)):
+            _show(table)
         return 0
 
     return tyro.cli(measure, prog="unitstep measure", args=arguments)
@@ -335,7 +340,10 @@ def _report(arguments: list[str]) -> int:
     import tyro
 
     def report(
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path, format: Literal["html", "md"] = "html"
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+        out: Path,
+        format: Literal["html", "md"] = "html",
+        pj: tuple[float, float] | None = None,
     ) -> int:
         """Write one page about runs that have been measured: a file that works offline. Nothing is run again.
 
@@ -343,10 +351,11 @@ def _report(arguments: list[str]) -> int:
             runs: Folders of runs, of the same images. Runs of one recipe with other seeds are shown as mean and spread.
             out: The file, overwritten if it is there.
             format: html, or md for the tables as Markdown.
+            pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
         """
         from unitstep import reporting
 
-        _say(f"{reporting.report(runs, out, format=format)} is written")
+        _say(f"{reporting.report(runs, out, format=format, pj=pj)} is written")
         return 0
 
     return tyro.cli(report, prog="unitstep report", args=arguments)
@@ -545,67 +554,20 @@ def _bench(arguments: list[str]) -> int:
     return tyro.cli(races[arguments[0]], prog=f"unitstep bench {arguments[0]}", args=arguments[1:])
 
 
-def _stage_table(result: dict[str, Any]) -> "Table":
-    """The content of measure.json as a table: one row per stage."""
+def _show(table: "Shown | None") -> None:
+    """Print one of a report's tables."""
+    if table is None or not table.rows:
+        return
     from rich.table import Column, Table
 
-    names = ("stage", "validation %", "test %", "95 % interval", "spikes per neuron", "training s")
-    table = Table(*(Column(name, justify="left" if name == "stage" else "right") for name in names), box=None)
-    for row in result["stages"]:
-        low, high = row["test_interval"]
-        spikes = "" if row["spikes_per_neuron"] is None else f"{row['spikes_per_neuron']:.3f}"
-        stage = "CNN" if row["steps"] is None else f"T={row['steps']}"
-        accuracies = f"{row['val_accuracy']:.2f}", f"{row['test_accuracy']:.2f}", f"{low:.2f} – {high:.2f}"
-        table.add_row(stage, *accuracies, spikes, f"{row['seconds']:.0f}")
-    return table
-
-
-def _speed_table(result: dict[str, Any]) -> "Table":
-    from rich.table import Column, Table
-
-    names = (
-        "network",
-        "runtime",
-        "1 image: median ms",
-        "99 % below ms",
-        "images per second",
-        "at batch",
-        "memory for 64, MB",
-    )
-    columns = (Column(name, justify="left" if index < 2 else "right") for index, name in enumerate(names))
-    machine = result["machine"]
-    title = f"Speed on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads"
-    table = Table(*columns, box=None, title=title, title_justify="left")
-    for row in result["speed"]:
-        memory = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f}"
-        times = f"{1000 * row['p50']:.2f}", f"{1000 * row['p99']:.2f}"
-        table.add_row(
-            row["name"], row["runtime"], *times, f"{row['images_per_second']:,.0f}", str(row["batch"]), memory
-        )
-    return table
-
-
-def _energy_table(result: dict[str, Any], models: dict[str, "Model"]) -> "Table":
-    """Operations per image of each stage, and how many times less energy than the CNN's, fp32 / int8, by each model."""
-    from rich.table import Column, Table
-
-    from unitstep.energy import about, total
-
-    names = ["stage", "multiplications", "additions", *models]
-    text = [f"{name}: {about(model)}" for name, model in models.items()]
-    title = "Energy of the CNN (fp32 / int8) ÷ energy of this network, by model. None of them is a measurement."
-    columns = (Column(name, justify="left" if name == "stage" else "right") for name in names)
-    table = Table(
-        *columns, box=None, title=title, caption="\n".join(text), title_justify="left", caption_justify="left"
-    )
-    for row in result["stages"]:
-        if row["steps"] is None or not row["operations"]:
-            continue
-        sums = [sum(layer[key] for layer in row["operations"]) for key in ("multiplied", "additions")]
-        found = [total(row, model) for model in models.values()]
-        ratios = (f"{each.cnn_fp32 / each.snn:.1f} / {each.cnn_int8 / each.snn:.2f}" for each in found)
-        table.add_row(f"T={row['steps']}", *(f"{number / 1e6:.2f} M" for number in sums), *ratios)
-    return table
+    columns = [Column(table.columns[0], no_wrap=True), *(Column(name, justify="right") for name in table.columns[1:])]
+    shown = Table(
+        *columns, box=None, pad_edge=False, title=table.title, title_justify="left", title_style="bold",
+        caption=table.note + "\n", caption_justify="left",
+    )  # fmt: skip
+    for row in table.rows:
+        shown.add_row(*row)
+    _console().print(shown)
 
 
 class _bars:

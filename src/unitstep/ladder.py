@@ -35,6 +35,7 @@ from unitstep.recipes import Recipe, Stage
 from unitstep.recomputing import recomputing
 from unitstep.rounding import round_weights_
 from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, leaf_modules, locked, open_run, rebuild
+from unitstep.timing import forget_peak, peak
 from unitstep.whitening import plain_state, whiten_
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
@@ -282,6 +283,7 @@ class _Fit:
         self.per_epoch = train.steps(self.stage.batch)
         self.total = max(1, round(self.stage.epochs * self.per_epoch))
         self.step, self.seconds = 0, 0.0
+        _forget_peak_memory(device)
         self.best_accuracy, self.best = -1.0, dict[str, Tensor]()
         self.losses: list[Tensor] = []  # of the epoch so far; on the device, so that no step waits for the last
         state = self._saved_state()
@@ -298,6 +300,7 @@ class _Fit:
         self.optimizer = _optimizer(self.net, self.stage)
         if state is not None:
             self._restore(*state)
+        self.since = self.step, time.monotonic()  # when this epoch, or what is left of it, began
 
     def _start(self, *, fresh: bool) -> nn.Module:
         """The network as the stage begins: weights from the seed, or those of the stage above; thresholds are
@@ -413,10 +416,13 @@ class _Fit:
 
     def _end_epoch(self, epoch: int) -> None:
         """Validate, keep the weights if they are the best so far (on a tie the later ones), log."""
-        self._check_finite()
+        self._check_finite()  # waits for the device
+        trained = time.monotonic()
+        images = (self.step - self.since[0]) * min(self.stage.batch, len(self.train))
         loss = torch.stack(self.losses).mean().item()
         self.losses = []
         val = accuracy(self.net, self.val, self.stage.steps, self.device)
+        validated = time.monotonic()
         if val >= self.best_accuracy:
             self.best_accuracy = val
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in plain_state(self.net).items()}
@@ -429,10 +435,16 @@ class _Fit:
             "val_accuracy": val,
         }
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 1)}
+        row |= {"images_per_second": round(images / (trained - self.since[1]), 1)}  # without validation
+        row |= {
+            "val_seconds": round(validated - trained, 3),
+            "memory": _peak_memory(self.device),
+        }  # of the stage so far
         if isinstance(self.net, Spiking):
             row["thresholds"] = [round(lif.threshold.mean().item(), 5) for lif in self.net.lifs.values()]
             row["leaks"] = [round(lif.leak.item(), 5) for lif in self.net.lifs.values()]
         self.run.write_log(row)
+        self.since = self.step, time.monotonic()
 
     def _tell(self, *, done: bool = False) -> None:
         loss = self.losses[-1].item() if self.losses and (self.device.type == "cpu" or self.step % 50 == 0) else None
@@ -563,6 +575,17 @@ def _optimizer(net: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     if stage.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=stage.lr)
     return torch.optim.Adam(groups, lr=stage.lr, amsgrad=True)
+
+
+def _forget_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak()
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes since it was forgotten: on a GPU what torch had allocated there, else this process's memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak()
 
 
 def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch.device) -> bool:

@@ -29,6 +29,7 @@ from unitstep.files import read_json, write_json, write_whole
 from unitstep.recipes import Recipe, Stage, differences, recipe_from_dict
 
 SCHEMA = 1
+LOGGED = {"stage", "epoch", "loss", "val_accuracy", "seconds"}  # that every version wrote into a row of the log
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class Run:
         """One row per epoch: stage, epoch, loss, val_accuracy, lr, seconds, …"""
         path = self.path / "log.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            if any(not isinstance(row, dict) or not row.keys() >= LOGGED for row in rows):
+                raise ValueError(f"a row without {', '.join(sorted(LOGGED))}")
+            return rows
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}; move it away to go on without it") from error
 

@@ -2,10 +2,11 @@
 installed. Everything is timed in one interleaved race. Knows nothing of accuracy."""
 
 import importlib.util
+import itertools
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from unitstep.conversion import Spiking
 from unitstep.exporting import onnx_of, to_onnx
 from unitstep.ladder import choose_device, forward
 from unitstep.running import KEY, Runtime, open_model
@@ -91,6 +93,16 @@ def time_run(
             )
         )  # fmt: skip
     return tuple(speeds)
+
+
+def time_one(nets: Sequence[tuple[Spiking, int]], images: Tensor, device: torch.device) -> list[float]:
+    """Median seconds of each network at its timesteps for the first of `images` [B, C, H, W], in PyTorch, in one
+    race."""
+    one = images[:1]
+    calls = {number: partial(_in_torch(net, steps, device), one) for number, (net, steps) in enumerate(nets)}
+    with torch.inference_mode():
+        found = race(calls, rounds=ONE[0], seconds=ONE[1])
+    return [statistics.median(itertools.chain(*turns)) for turns in found.values()]
 
 
 def _contenders(run: Run, images: Tensor, device: torch.device) -> Iterator[tuple[Name, Callable[[Tensor], Any]]]:

@@ -1,5 +1,6 @@
 """How long calls take, when several are compared. Standard library only."""
 
+import contextlib
 import ctypes
 import gc
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Name = TypeVar("Name", bound=Hashable)
+CLEAR = Path("/proc/self/clear_refs")  # "5" lets the kernel's mark of the peak, VmHWM, start again
 
 
 def race(calls: Mapping[Name, Callable[[], Any]], *, rounds: int, seconds: float) -> dict[Name, list[list[float]]]:
@@ -40,11 +42,25 @@ def peak_memory(call: Callable[[], Any]) -> int | None:
     try:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # give back what is free
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        CLEAR.write_text("5")
         before = _status("VmRSS")
         call()
         return max(0, _status("VmHWM") - before)
     except (OSError, KeyError, AttributeError):
+        return None
+
+
+def forget_peak() -> None:
+    """Let `peak` start again from the memory of this moment, where the system can do that."""
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+
+
+def peak() -> int | None:
+    """Bytes: the most memory that this process has had since `forget_peak`; None if the system does not say."""
+    try:
+        return _status("VmHWM")
+    except (OSError, KeyError):
         return None
 
 
