@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from typing import Any
@@ -43,7 +44,6 @@ class Case:
     steps: int
     batch: int
     precision: str
-    threads: int
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Speed:
     first step needs beyond what was there, at its peak."""
 
     contender: str
+    threads: int
     rounds: list[float]
     memory: int | None
 
@@ -70,11 +71,11 @@ def bench_train(
     ValueError if a library that takes part is not installed."""
     versions = dict(installed(LIBRARIES))
     rows = []
-    for net, T, precision, count in itertools.product(names, steps, precisions, threads):
-        case = Case(net, T, batch, precision, count)
+    for net, T, precision in itertools.product(names, steps, precisions):
+        case = Case(net, T, batch, precision)
         if progress:
-            progress(f"{net}, T = {T}, {precision}, {count} threads")
-        for speed in _race(case, rounds):
+            progress(f"{net}, T = {T}, {precision}")
+        for speed in _race(case, threads, rounds):
             rows.append(asdict(case) | asdict(speed) | {"median": statistics.median(speed.rounds)})
     return {"schema": 1, "speeds": rows, **provenance(), "versions": versions}
 
@@ -89,49 +90,50 @@ def installed(libraries: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             raise ValueError(f"{name} takes part but is not installed: {way}") from error
 
 
-def _race(case: Case, rounds: int) -> list[Speed]:
+def _race(case: Case, threads: tuple[int, ...], rounds: int) -> list[Speed]:
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     workers = []
     for contender in CONTENDERS:
         ours, theirs = spawn.Pipe()
-        workers.append(spawn.Process(target=_work, args=(theirs, contender, case), daemon=True))
+        workers.append(spawn.Process(target=_work, args=(theirs, contender, case, max(threads)), daemon=True))
+        workers[-1].start()
         pipes[contender] = ours
     try:
-        memory = {}
-        for worker, (contender, pipe) in zip(workers, pipes.items(), strict=True):
-            worker.start()  # one after the other: starting takes both cores
-            memory[contender] = pipe.recv()
+        memory = {contender: pipe.recv() for contender, pipe in pipes.items()}
 
-        def turn(pipe: Connection) -> None:
-            pipe.send("step")
+        def turn(pipe: Connection, count: int) -> None:
+            pipe.send(count)
             pipe.recv()
 
-        calls = {contender: lambda pipe=pipe: turn(pipe) for contender, pipe in pipes.items()}
-        turns = race(calls, rounds=rounds, seconds=0)
-        return [
-            Speed(contender, [case.batch / statistics.mean(turn) for turn in found], memory[contender])
-            for contender, found in turns.items()
-        ]
+        speeds = []
+        for count in threads:
+            calls = {contender: partial(turn, pipe, count) for contender, pipe in pipes.items()}
+            for contender, turns in race(calls, rounds=rounds, seconds=0).items():
+                speed = [case.batch / statistics.mean(seconds) for seconds in turns]
+                speeds.append(Speed(contender, count, speed, memory[contender]))
+        return speeds
     finally:
         for worker, pipe in zip(workers, pipes.values(), strict=True):
             if worker.is_alive():
-                pipe.send(False)
+                pipe.send(0)
                 worker.join(10)
                 worker.kill()
 
 
-def _work(pipe: Connection, contender: str, case: Case) -> None:
-    """A contender's process: tells what memory the first step takes, then makes a step whenever it is asked."""
+def _work(pipe: Connection, contender: str, case: Case, threads: int) -> None:
+    """A contender's process: tells what memory the first step takes, then makes a step on as many threads as it is
+    told, until that is 0."""
     warnings.simplefilter("ignore")  # of the libraries
     logging.getLogger("torch").setLevel(logging.ERROR)
-    torch.set_num_threads(case.threads)
+    torch.set_num_threads(threads)
     step_of(contender, case, 2)()  # compiles
     step = step_of(contender, case, case.batch)
     pipe.send(peak_memory(step))
-    while pipe.recv():
+    while count := pipe.recv():
+        torch.set_num_threads(count)
         step()
-        pipe.send("done")
+        pipe.send(count)
 
 
 def step_of(contender: str, case: Case, batch: int) -> Callable[[], None]:
