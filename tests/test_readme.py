@@ -13,9 +13,11 @@ from benchmarks.conversion import table as conversion_table
 from benchmarks.counting import table as counting_table
 from benchmarks.record import RECORDS, table
 from benchmarks.results import PAGE, page, records
+from benchmarks.training_profile import table as profile_table
 from unitstep.benching import table as deploy_table
 from unitstep.predicting import SHIPPED
 from unitstep.recipes import RUN_TO_THE_END
+from unitstep.training_speed import table as training_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 CONVERSION, DEPLOY = (README.parent / "docs" / f"{name}.md" for name in ("conversion", "deploy"))
@@ -46,8 +48,12 @@ def test_tables_are_those_of_the_records():
     assert deploy_table(json.loads((RECORDS / "deploy.json").read_text())) in README.read_text()
     controls = json.loads((RECORDS / "controls.json").read_text())["rows"]
     assert controls_table(controls) == CONVERSION.with_name("controls-table.md").read_text()
-    if (counting := RECORDS / "counting.json").exists():
-        assert counting_table(json.loads(counting.read_text())) == CONVERSION.with_name("counting-table.md").read_text()
+    counting = json.loads((RECORDS / "counting.json").read_text())
+    assert counting_table(counting) == CONVERSION.with_name("counting-table.md").read_text()
+    training = json.loads((RECORDS / "training-speed.json").read_text())
+    assert training_table(training) == CONVERSION.with_name("training-speed-table.md").read_text()
+    profile = json.loads((RECORDS / "training-profile.json").read_text())["rows"]
+    assert profile_table(profile) == CONVERSION.with_name("training-profile.md").read_text()
     ladders = records()
     assert ladders.keys() == RUN_TO_THE_END
     assert [name for name, found in ladders.items() if table(found) not in README.read_text()] == []

@@ -528,7 +528,7 @@ def _bench(arguments: list[str]) -> int:
         on T times as many images, interleaved: about half an hour. Nothing else should run meanwhile.
 
         Args:
-            out: JSON file for the record.
+            out: JSON file for the record; what is in it already is not run again.
             nets: Networks, by their names in recipes.
             steps: Timesteps T.
             batch: Images per step.
@@ -537,13 +537,11 @@ def _bench(arguments: list[str]) -> int:
             rounds: Turns of each contender, of which the median is taken.
         """
         from unitstep import training_speed
-        from unitstep.files import write_json
 
         record = training_speed.bench_train(
-            names=nets, steps=steps, batch=batch, precisions=precisions, threads=threads, rounds=rounds, progress=_say
-        )
-        if out is not None:
-            write_json(out, record)
+            names=nets, steps=steps, batch=batch, precisions=precisions, threads=threads, rounds=rounds, out=out,
+            progress=_say,
+        )  # fmt: skip
         sys.stdout.write(training_speed.table(record))
         return 0
 

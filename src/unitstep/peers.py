@@ -68,13 +68,17 @@ def spikingjelly(cnn: nn.Module, steps: int) -> nn.Module:
 
 def snntorch(cnn: nn.Module, steps: int) -> nn.Module:
     import snntorch as library
-    from snntorch import utils
+
+    def reset(net: nn.Module) -> None:  # snntorch.utils.reset misses neurons inside of blocks
+        for module in net.modules():
+            if isinstance(module, library.Leaky):
+                module.reset_mem()
 
     def neurons() -> nn.Module:
         lif: nn.Module = library.Leaky(beta=LEAK, init_hidden=True, reset_mechanism="subtract")
         return lif
 
-    return Looped(_with_neurons(cnn, neurons), steps, utils.reset)
+    return Looped(_with_neurons(cnn, neurons), steps, reset)
 
 
 def norse(cnn: nn.Module, steps: int) -> nn.Module:

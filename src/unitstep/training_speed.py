@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from unitstep import nets
 from unitstep.calibration import to_spiking
+from unitstep.files import read_json, write_json
 from unitstep.neuron import compiled, compiler_available
 from unitstep.peers import PEERS
 from unitstep.recomputing import recomputing
@@ -65,19 +67,27 @@ def bench_train(
     precisions: tuple[str, ...] = ("bf16", "fp32"),
     threads: tuple[int, ...] = (2, 1),
     rounds: int = 3,
+    out: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Race all contenders on the processor in every case, and return the record: speeds, memory, versions, machine.
-    ValueError if a library that takes part is not installed."""
-    versions = dict(installed(LIBRARIES))
-    rows = []
-    for net, T, precision in itertools.product(names, steps, precisions):
+
+    out: JSON file of the record, written after every case; what is there already is not run again. ValueError if a
+    library that takes part is not installed.
+    """
+    about = {**provenance(), "versions": dict(installed(LIBRARIES))}
+    rows: list[dict[str, Any]] = read_json(out)["speeds"] if out and out.exists() else []
+    for net, precision, T in itertools.product(names, precisions, steps):
         case = Case(net, T, batch, precision)
+        if any(asdict(case).items() <= row.items() for row in rows):
+            continue
         if progress:
-            progress(f"{net}, T = {T}, {precision}")
+            progress(f"{net}, {precision}, T = {T}")
         for speed in _race(case, threads, rounds):
             rows.append(asdict(case) | asdict(speed) | {"median": statistics.median(speed.rounds)})
-    return {"schema": 1, "speeds": rows, **provenance(), "versions": versions}
+        if out:
+            write_json(out, {"schema": 1, "speeds": rows, **about})
+    return {"schema": 1, "speeds": rows, **about}
 
 
 def installed(libraries: tuple[str, ...]) -> Iterator[tuple[str, str]]:
