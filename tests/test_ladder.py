@@ -314,3 +314,17 @@ def test_without_a_compiler_a_long_stage_says_what_that_costs_and_is_trained(tmp
         run = train(small(2), tmp_path / "run")
     assert len(run.stages) == 2
     assert len(warned) == 1
+
+
+def test_a_stage_in_which_spikes_vanish_says_so(tmp_path, monkeypatch):
+    usual = Run.net
+
+    def high(run, index):
+        net = usual(run, index)
+        if index == 1:
+            next(iter(net.lifs.values())).threshold.data.mul_(1e6)
+        return net
+
+    monkeypatch.setattr(Run, "net", high)
+    with pytest.warns(UserWarning, match=r"stage t1 starts with layers that never fire \(relu1, relu2"):
+        train(small(2, 1, norm="none"), tmp_path / "run")

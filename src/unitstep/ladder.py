@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unitstep.calibration import calibrate_, to_spiking
+from unitstep.calibration import calibrate_, record, to_spiking
 from unitstep.conversion import Spiking
 from unitstep.data import Split, load_train, mix
 from unitstep.files import write_json
@@ -312,9 +312,11 @@ class _Fit:
                 )
             return build_cnn(self.run.recipe, len(self.train.classes))
         above = self.run.net(self.index - 1)
-        if self.index > 1:
-            return above
         recipe = self.run.recipe
+        if self.index > 1:
+            if fresh:
+                self._warn_of_silence(above)
+            return above
         snn = build_snn(recipe, above)
         if fresh:
             images = calibration_images(recipe, self.train)
@@ -329,6 +331,22 @@ class _Fit:
                 refresh_norms=True,
             )
         return snn
+
+    def _warn_of_silence(self, snn: nn.Module) -> None:
+        """Say so if spikes vanish on the way from the stage above to this number of timesteps: without them nothing
+        learns."""
+        assert isinstance(snn, Spiking)
+        images = calibration_images(self.run.recipe, self.train)[:64]
+        with torch.no_grad(), record(snn) as seen:
+            forward(snn.eval(), images, self.stage.steps)
+        silent = [name for name, layer in seen.items() if not layer.spikes.any()]
+        if silent:
+            warnings.warn(
+                f"stage {self.stage.name} starts with layers that never fire ({', '.join(silent)}), so that it can "
+                "hardly learn: put a rung between it and the one above, or go straight to it from the CNN, which finds "
+                "thresholds for it",
+                stacklevel=2,
+            )
 
     def _teacher(self) -> nn.Module:
         cnn = self.run.net(0).requires_grad_(False)
