@@ -31,16 +31,14 @@ def test_all_contenders_run(tmp_path):
 
 
 def test_ratios_are_against_the_best_of_the_others():
-    speeds = {
-        "unitstep": (30, 50),
-        "SpikingJelly": (20, 200),
-        "snnTorch": (10, 100),
-        "Norse": (5, 400),
-        "CNN": (40, 10),
-    }
+    speeds = {"unitstep": (30, 50), "unitstep, recompute": (25, 30), "SpikingJelly": (20, 200), "snnTorch": (10, 100)}
+    speeds |= {"Norse": (5, 400), "CNN": (40, 10)}
     case = {"net": "net", "steps": 5, "batch": 1, "precision": "bf16", "threads": 1}
     rows = [case | {"contender": name, "median": m, "memory": b} for name, (m, b) in speeds.items()]
-    assert training_speed.bars({"speeds": rows}) == [("net", "bf16", 1, 1.5, 0.75, 0.5)]
+    assert training_speed.bars({"speeds": rows}, 5) == [("net", "bf16", 1, 1.5, 0.75, 0.5, 0.3)]
+    assert training_speed.table({"speeds": rows}).splitlines()[-1] == (
+        "| net, bf16, T = 5, 1 thread | 1.50 | 0.75 | 0.50 | 0.30 |"
+    )
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):

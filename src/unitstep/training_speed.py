@@ -7,6 +7,7 @@ machine whose speed changes. An optimiser step is the forward and backward pass 
 
 import itertools
 import logging
+import math
 import multiprocessing
 import statistics
 import warnings
@@ -199,12 +200,18 @@ def table(record: dict[str, Any]) -> str:
             sizes = ["" if size is None else f"{size / 1e6:,.0f}" for size in memory]
             parts.append(f"| {name} | {' | '.join([*speeds, *sizes])} |")
         parts.append("")
-    return "\n".join(parts)
+    title = "unitstep ÷ fastest other library | unitstep ÷ CNN | memory ÷ leanest other library | with recompute"
+    parts += [f"| | {title} |", "|---|---:|---:|---:|---:|"]
+    for steps in sorted({row["steps"] for row in record["speeds"]}):
+        for net, precision, threads, *ratios in bars(record, steps):
+            name = f"{net}, {precision}, T = {steps}, {threads} thread{'s' * (threads > 1)}"
+            parts.append(f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    return "\n".join(parts) + "\n"
 
 
-def bars(record: dict[str, Any], steps: int = 5) -> list[tuple[str, str, int, float, float, float]]:
-    """(network, precision, threads, unitstep ÷ fastest other library, unitstep ÷ CNN, memory ÷ leanest other library)
-    at `steps` timesteps."""
+def bars(record: dict[str, Any], steps: int) -> list[tuple[str, str, int, float, float, float, float]]:
+    """(network, precision, threads, unitstep ÷ fastest other library, unitstep ÷ CNN, memory ÷ leanest other library,
+    the same with recompute) at `steps` timesteps."""
     found: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
     for row in record["speeds"]:
         if row["steps"] == steps:
@@ -212,7 +219,7 @@ def bars(record: dict[str, Any], steps: int = 5) -> list[tuple[str, str, int, fl
     ratios = []
     for case, rows in found.items():
         ours, fastest = rows[UNITSTEP]["median"], max(rows[peer]["median"] for peer in PEERS)
-        leanest = min(rows[peer]["memory"] or 0 for peer in PEERS)
-        memory = (rows[UNITSTEP]["memory"] or 0) / leanest if leanest else float("nan")
-        ratios.append((*case, ours / fastest, ours / rows[CNN]["median"], memory))
+        leanest = min(rows[peer]["memory"] or math.nan for peer in PEERS)
+        plain, again = ((rows[name]["memory"] or math.nan) / leanest for name in (UNITSTEP, RECOMPUTE))
+        ratios.append((*case, ours / fastest, ours / rows[CNN]["median"], plain, again))
     return ratios
