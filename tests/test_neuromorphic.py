@@ -106,6 +106,12 @@ def test_every_architecture_is_written_or_refused_by_name(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sum_pool_at_the_end_is_refused(tmp_path):
+    odd = spiking(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AvgPool2d(12), nn.Flatten())
+    with pytest.raises(ValueError, match="write mean pools"):
+        to_nir(odd, tmp_path / "net.nir", IMAGES, pools="sum")
+
+
 def test_more_than_one_timestep_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="no soft reset"):
         to_nir(spiking(*SMALL), tmp_path / "net.nir", IMAGES, steps=2)

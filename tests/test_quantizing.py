@@ -101,6 +101,25 @@ def test_centred_thresholds_are_between_two_sums_and_flip_no_other_spike():
             assert (node.meta["centring"].abs() / node.meta["unit"]).max() < 1e-2
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_thresholds_behind_batch_norms_are_centred_too(bits):
+    snn, images = spiking_vgg(norm="keep", thresholds="percentile")
+    generator = torch.Generator().manual_seed(0)
+    norms = [module for module in snn.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for module in snn.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                q, unit = rounded(module.weight, bits)
+                module.weight.copy_(q * unit)
+        for norm in norms:
+            norm.weight.copy_(torch.randn(norm.weight.shape, generator=generator))
+            norm.running_var.copy_(torch.rand(norm.running_var.shape, generator=generator) + 0.1)
+    old = [norm.bias.clone() for norm in norms]
+    centre_thresholds_(snn, images)
+    assert all((norm.bias != bias).any() for norm, bias in zip(norms, old, strict=True))
+    assert not any(differing(snn, images))
+
+
 def test_weights_of_fewer_bits_stay_as_they_are():
     fused, images = fused_vgg()
     for module in fused.modules():

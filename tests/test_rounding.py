@@ -52,6 +52,11 @@ def test_a_number_of_bits_that_cannot_be():
         Stage(1, 1, 1e-3, weight_bits=16)
 
 
+def test_spikes_cannot_be_looked_at_where_they_are_computed_again():
+    with pytest.raises(ValueError, match="recompute cannot be had with spike_penalty"):
+        Stage(1, 1, 1e-3, recompute=True, spike_penalty=1)
+
+
 def test_heights_per_channel_would_change_what_is_rounded():
     with pytest.raises(ValueError, match="choose other thresholds than channel-percentile, or the height unit"):
         small(1, stages=(Stage(None, 1, 1e-3), Stage(1, 1, 1e-3, weight_bits=8)), thresholds="channel-percentile")

@@ -149,7 +149,7 @@ def conversion_alone(
     points, there = list[Point](), dict[int, tuple[Spiking, int]]()
     ways = [*itertools.product(STRATEGIES, INITIALS), (RATE, 0.0)]
     for number, (strategy, initial) in enumerate(ways):
-        recipe = replace(r, initial=initial, height="threshold", readout="mean")
+        recipe = replace(r, initial=initial, thresholds="percentile", height="threshold", readout="mean")
         snn = build_snn(recipe, run.net(0)).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         with compiled(where.type == "cuda" and compiler_available(where)):
             points += climb(snn, strategy, initial, calibration, batches, accuracy, seconds)

@@ -283,7 +283,6 @@ class _Fit:
         self.per_epoch = train.steps(self.stage.batch)
         self.total = max(1, round(self.stage.epochs * self.per_epoch))
         self.step, self.seconds = 0, 0.0
-        _forget_peak_memory(device)
         self.best_accuracy, self.best = -1.0, dict[str, Tensor]()
         self.losses: list[Tensor] = []  # of the epoch so far; on the device, so that no step waits for the last
         state = self._saved_state()
@@ -300,6 +299,7 @@ class _Fit:
         self.optimizer = _optimizer(self.net, self.stage)
         if state is not None:
             self._restore(*state)
+        _forget_peak_memory(device)
         self.since = self.step, time.monotonic()  # when this epoch, or what is left of it, began
 
     def _start(self, *, fresh: bool) -> nn.Module:
@@ -336,8 +336,8 @@ class _Fit:
         """Say so if spikes vanish on the way from the stage above to this number of timesteps: without them nothing
         learns."""
         assert isinstance(snn, Spiking)
-        images = calibration_images(self.run.recipe, self.train)[:64]
-        with torch.no_grad(), record(snn) as seen:
+        images = calibration_images(self.run.recipe, self.train)[:64].to(self.device)
+        with torch.no_grad(), record(snn.to(self.device)) as seen:
             forward(snn.eval(), images, self.stage.steps)
         silent = [name for name, layer in seen.items() if not layer.spikes.any()]
         if silent:

@@ -72,6 +72,8 @@ class _Writer:
                 self.nodes[INPUT] = self.nir.Input({"input": _shape(node)})
                 self.names[node] = INPUT
             elif node.op == "output":
+                if self._window(node.args[0]) != 1:
+                    raise ValueError("a sum pool at the network's end has no weights behind it: write mean pools")
                 self._add(OUTPUT, self.nir.Output({"output": _shape(node.args[0])}), node.args[0])
             elif node.meta.get("axis") == "size":
                 continue

@@ -1,9 +1,10 @@
 """Networks of other libraries, to compare with: the same CNN with their neurons in the places of its ReLUs, in the form
 that their documentation advises for speed. Knows nothing of clocks.
 
-All neurons leak, fire at 1 and are reset. SpikingJelly's and Norse's multi-step modes take all timesteps at once, so
-that everything between neurons sees one batch [T·B, …]; snnTorch has no such mode, and loops over time outside. All
-take images [B, C, H, W] and return logits [B, classes], the mean over time.
+Their neurons are those that their tutorials begin with; untrained, Norse's hardly spike. Images are shown to the first
+convolution at every timestep. SpikingJelly's and Norse's multi-step modes take all timesteps at once, so that
+everything between neurons sees one batch [T·B, …]; snnTorch has no such mode, and loops over time outside. All take
+images [B, C, H, W] and return logits [B, classes], the mean over time.
 """
 
 import copy
@@ -44,12 +45,8 @@ class Folded(nn.Module):
         return read_out(logits, self.steps, "mean")
 
 
-class Looped(nn.Module):
+class Looped(Folded):
     """A network with single-step neurons that keep their state: one timestep after the other."""
-
-    def __init__(self, net: nn.Module, steps: int, reset: Callable[[nn.Module], None]) -> None:
-        super().__init__()
-        self.net, self.steps, self.reset = net, steps, reset
 
     def forward(self, images: Tensor) -> Tensor:
         self.reset(self.net)

@@ -38,6 +38,7 @@ from unitstep.neuron import LIF
 from unitstep.rounding import rounded
 
 LARGEST = 255  # of the whole numbers that 8 bits hold
+ON_GRID = 1e-3  # units: weights that are whole numbers up to the rounding of folded batch norms and heights
 
 
 class Centre(nn.Module):
@@ -130,7 +131,7 @@ def _on_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, bool]:
     """`rounded`, and whether that changes nothing: in the fewest bits with which it does not, else in `bits`."""
     for fewer in range(2, bits + 1):
         q, unit = rounded(weight, fewer)
-        if bool(((q * unit - weight).abs() <= 1e-5 * unit).all()):
+        if bool(((q * unit - weight).abs() <= ON_GRID * unit).all()):
             return q, unit, True
     return q, unit, False
 

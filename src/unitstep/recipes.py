@@ -57,7 +57,7 @@ class Stage:
 
     recompute: bool = False
     """Compute batch norms, neurons and pools of a spiking stage again in the backward pass in place of keeping what
-    they gave: much less memory, for a few percent of the time."""
+    they gave: at several timesteps less memory, for a few percent of the time."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -82,6 +82,8 @@ class Stage:
             raise ValueError(
                 f"spike_penalty is 0 or more, in spiking stages alone; it is {self.spike_penalty} in stage {self.name}"
             )
+        if self.recompute and self.spike_penalty:
+            raise ValueError("recompute cannot be had with spike_penalty, which looks at the spikes: leave one out")
         if self.weight_bits is not None and not 2 <= self.weight_bits <= 8:
             raise ValueError(f"weight_bits is 2 to 8, or None, not {self.weight_bits}")
         if self.optimizer not in get_args(Optimizer):

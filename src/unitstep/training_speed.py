@@ -34,6 +34,7 @@ from unitstep.runs import provenance
 from unitstep.timing import peak_memory, race
 
 CLASSES, SIZE = 10, 32
+SECONDS = 0.5  # of a turn: several steps where they are short
 UNITSTEP, RECOMPUTE, UNFUSED, CNN = "unitstep", "unitstep, recompute", "unitstep, no compiler", "CNN"
 CONTENDERS = (UNITSTEP, RECOMPUTE, UNFUSED, *PEERS, CNN)
 LIBRARIES = ("torch", "snntorch", "spikingjelly", "norse", "unitstep")
@@ -77,15 +78,20 @@ def bench_train(
     library that takes part is not installed.
     """
     about = {**provenance(), "versions": dict(installed(LIBRARIES))}
-    rows: list[dict[str, Any]] = read_json(out)["speeds"] if out and out.exists() else []
+    before = read_json(out) if out and out.exists() else {"speeds": [], **about}
+    if (before["versions"], before["machine"]["cpu"]) != (about["versions"], about["machine"]["cpu"]):
+        raise ValueError(f"{out} was begun on another machine or with other versions: choose another file")
+    rows: list[dict[str, Any]] = before["speeds"]
     for net, precision, T in itertools.product(names, precisions, steps):
         case = Case(net, T, batch, precision)
-        if any(asdict(case).items() <= row.items() for row in rows):
+        if {row["threads"] for row in rows if asdict(case).items() <= row.items()} >= set(threads):
             continue
         if progress:
             progress(f"{net}, {precision}, T = {T}")
+        rows = [row for row in rows if not asdict(case).items() <= row.items()]
         for speed in _race(case, threads, rounds):
-            rows.append(asdict(case) | asdict(speed) | {"median": statistics.median(speed.rounds)})
+            median = statistics.median(speed.rounds)
+            rows.append(asdict(case) | asdict(speed) | {"median": median, "commit": about["commit"]})
         if out:
             write_json(out, {"schema": 1, "speeds": rows, **about})
     return {"schema": 1, "speeds": rows, **about}
@@ -109,6 +115,7 @@ def _race(case: Case, threads: tuple[int, ...], rounds: int) -> list[Speed]:
         ours, theirs = spawn.Pipe()
         workers.append(spawn.Process(target=_work, args=(theirs, contender, case, max(threads)), daemon=True))
         workers[-1].start()
+        theirs.close()  # so that its end is noticed
         pipes[contender] = ours
     try:
         memory = {contender: pipe.recv() for contender, pipe in pipes.items()}
@@ -120,7 +127,7 @@ def _race(case: Case, threads: tuple[int, ...], rounds: int) -> list[Speed]:
         speeds = []
         for count in threads:
             calls = {contender: partial(turn, pipe, count) for contender, pipe in pipes.items()}
-            for contender, turns in race(calls, rounds=rounds, seconds=0).items():
+            for contender, turns in race(calls, rounds=rounds, seconds=SECONDS).items():
                 speed = [case.batch / statistics.mean(seconds) for seconds in turns]
                 speeds.append(Speed(contender, count, speed, memory[contender]))
         return speeds
