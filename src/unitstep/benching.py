@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from unitstep import nets
 from unitstep.calibration import to_spiking
 from unitstep.exporting import INPUT, onnx_of, to_onnx
+from unitstep.peers import installed
 from unitstep.running import Model, open_model
 from unitstep.runs import machine
 from unitstep.timing import race
-from unitstep.training_speed import installed
 
 NET, CLASSES, SIZE = "vgg16-conv", 10, 32
 BATCHES, ROUNDS, SECONDS = (1, 64), 9, 0.5  # images at a time; rounds over all; seconds for each in a round

@@ -454,10 +454,8 @@ class _Fit:
         }
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 1)}
         row |= {"images_per_second": round(images / (trained - self.since[1]), 1)}  # without validation
-        row |= {
-            "val_seconds": round(validated - trained, 3),
-            "memory": _peak_memory(self.device),
-        }  # of the stage so far
+        # memory: of the stage so far
+        row |= {"val_seconds": round(validated - trained, 3), "memory": _peak_memory(self.device)}
         if isinstance(self.net, Spiking):
             row["thresholds"] = [round(lif.threshold.mean().item(), 5) for lif in self.net.lifs.values()]
             row["leaks"] = [round(lif.leak.item(), 5) for lif in self.net.lifs.values()]

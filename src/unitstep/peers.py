@@ -8,7 +8,8 @@ images [B, C, H, W] and return logits [B, classes], the mean over time.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -92,6 +93,16 @@ def norse(cnn: nn.Module, steps: int) -> nn.Module:
 PEERS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "SpikingJelly": spikingjelly, "snnTorch": snntorch, "Norse": norse,
 }  # fmt: skip
+
+
+def installed(libraries: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Name and version of each; ValueError, with the way out, for one that is not there."""
+    for name in libraries:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError as error:
+            way = 'pip install "unitstep[bench]" and pip install --no-deps spikingjelly norse'
+            raise ValueError(f"{name} takes part but is not installed: {way}") from error
 
 
 def _with_neurons(cnn: nn.Module, neurons: Callable[[], nn.Module]) -> nn.Module:

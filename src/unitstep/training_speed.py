@@ -11,11 +11,10 @@ import math
 import multiprocessing
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from unitstep import nets
 from unitstep.calibration import to_spiking
 from unitstep.files import read_json, write_json
 from unitstep.neuron import compiled, compiler_available
-from unitstep.peers import PEERS
+from unitstep.peers import PEERS, installed
 from unitstep.recomputing import recomputing
 from unitstep.runs import provenance
 from unitstep.timing import peak_memory, race
@@ -95,16 +94,6 @@ def bench_train(
         if out:
             write_json(out, {"schema": 1, "speeds": rows, **about})
     return {"schema": 1, "speeds": rows, **about}
-
-
-def installed(libraries: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Name and version of each; ValueError, with the way out, for one that is not there."""
-    for name in libraries:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError as error:
-            way = 'pip install "unitstep[bench]" and pip install --no-deps spikingjelly norse'
-            raise ValueError(f"{name} takes part but is not installed: {way}") from error
 
 
 def _race(case: Case, threads: tuple[int, ...], rounds: int) -> list[Speed]:
