@@ -3,12 +3,13 @@
     python benchmarks/gpu.py --data PACKED --work WORK --out OUT --minutes 8.5
 
 Goes through RUNS in order: trains, measures once on the test images, and leaves in OUT, for each finished run, its
-record NAME.json and its last network, with 8-bit weights, in parts of at most 16 MB. WORK keeps what is unfinished: the
-same command goes on there. Needs torch, safetensors, numpy and pillow, this source tree, and a data set that `unitstep
-pack` made. Which runs are still open, and why they are wanted: gpu.md.
+record NAME.json and, of runs that are asked for with --weights, the last network, with 8-bit weights, in parts of at
+most 16 MB. WORK keeps what is unfinished: the same command goes on there. Which runs are still open, why they are
+wanted, and what this needs: gpu.md.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -20,7 +21,7 @@ from unitstep.compact import save_compact
 from unitstep.files import write_json, write_whole
 from unitstep.ladder import train
 from unitstep.measurement import measure_run
-from unitstep.recipes import Recipe, recipe
+from unitstep.recipes import Recipe, Stage, recipe
 
 PART_BYTES = 16_000_000
 
@@ -31,15 +32,34 @@ def shortened(name: str, factor: float) -> Recipe:
     return replace(r, stages=tuple(replace(stage, epochs=stage.epochs / factor) for stage in r.stages))
 
 
+def straight(r: Recipe) -> Recipe:
+    """Without the rungs above T = 1, whose cost, T times that of T = 1 per epoch, goes to T = 1."""
+    cnn, *rungs, last = r.stages
+    extra = sum(stage.epochs * (stage.steps or 0) for stage in rungs)
+    return replace(r, stages=(cnn, replace(last, epochs=last.epochs + extra)))
+
+
+VGG16 = recipe("cifar10-vgg16")
+LONG = replace(  # the network of cifar10-quick, with time
+    recipe("cifar10-quick"),
+    cutout=8,
+    stages=(
+        Stage(None, 40, 0.1, "nesterov", 5e-4, vector_lr=8, warmup=0.2, label_smoothing=0.1),
+        Stage(1, 150, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, distillation=0.5, weight_bits=8),
+    ),
+)
 RUNS: dict[str, Recipe] = {
-    "cifar10-vgg16-0": recipe("cifar10-vgg16"),
+    "cifar10-vgg16-0": VGG16,
+    "cifar10-quick-long-0": LONG,
+    "cifar10-vgg16-straight-0": straight(VGG16),
     "cifar10-quick-0": recipe("cifar10-quick"),
     "cifar10-resnet20-0": recipe("cifar10-resnet20"),
     "cifar10-vgg6-0": recipe("cifar10-vgg6"),
-    "cifar10-vgg16-1": recipe("cifar10-vgg16", seed=1),
-    "cifar10-vgg16-2": recipe("cifar10-vgg16", seed=2),
+    "cifar10-vgg16-1": replace(VGG16, seed=1),
+    "cifar10-vgg16-2": replace(VGG16, seed=2),
     "cifar10-vgg16-paper-over-20": shortened("cifar10-vgg16-paper", 20),
 }
+SAME_CNN = {"cifar10-vgg16-straight-0": "cifar10-vgg16-0"}
 
 
 def main() -> None:
@@ -49,6 +69,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for what is to be kept")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many minutes, to go on later")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--commit", help="of this source tree, where it has no history: git describe --always --dirty=+"
+    )
+    parser.add_argument("--shorter", type=float, default=1.0, help="divide all epochs by this: to try it out")
+    parser.add_argument("--weights", nargs="*", default=[], metavar="NAME", help="runs whose last network is kept")
     parser.add_argument("names", nargs="*", help="runs; all if none is given")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
@@ -60,18 +85,25 @@ def main() -> None:
         left = (deadline - time.monotonic()) / 60
         if left <= 0:
             break
-        run = train(RUNS[name], path, data=options.data, device=options.device, time_limit=left)
+        r = RUNS[name]
+        r = replace(r, stages=tuple(replace(stage, epochs=stage.epochs / options.shorter) for stage in r.stages))
+        cnn = options.work / SAME_CNN[name] if name in SAME_CNN else None
+        run = train(r, path, data=options.data, device=options.device, time_limit=left, cnn=cnn)
+        shutil.copy(path / "log.jsonl", options.out / f"{name}.log.jsonl")
         done = len(run.stages)
         print(f"{name}: {done} of {len(run.recipe.stages)} stages", *(s.val_accuracy for s in run.stages), flush=True)
         if done < len(run.recipe.stages):
             break
         found = measure_run(run, device=options.device)
+        if options.commit:
+            found["commit"] = found["trained"]["commit"] = options.commit
         write_json(options.out / f"{name}.json", found)
-        save_compact(run, path / "compact.safetensors")
-        data = (path / "compact.safetensors").read_bytes()
-        for number, start in enumerate(range(0, len(data), PART_BYTES)):  # cat puts them together again
-            write_whole(options.out / f"{name}.safetensors.{number}", data[start : start + PART_BYTES])
         print(f"{name}: test {[round(row['test_accuracy'], 2) for row in found['stages']]}", flush=True)
+        if name in options.weights:
+            save_compact(run, path / "compact.safetensors")
+            data = (path / "compact.safetensors").read_bytes()
+            for number, start in enumerate(range(0, len(data), PART_BYTES)):  # cat puts them together again
+                write_whole(options.out / f"{name}.safetensors.{number}", data[start : start + PART_BYTES])
 
 
 if __name__ == "__main__":

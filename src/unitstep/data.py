@@ -172,6 +172,7 @@ class Split(ABC):
         augment: str = "none",
         padding: int = 4,
         border: str = "mean",
+        cutout: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images uint8 [B, C, H, W], labels int64 [B]) of one pass over the split, from batch `start` on.
 
@@ -180,7 +181,8 @@ class Split(ABC):
         Both are pure functions of (seed, position): starting at batch k yields what a full pass yields from there.
         The order comes from a CPU generator seeded with `mix(seed)`, so it is the same on every device.
         padding: pixels added on each side of images in memory before "crop-flip" cuts; border: what they are, "mean"
-        (the split's mean pixel) or "mirror" (the image, mirrored at its outermost pixels).
+        (the split's mean pixel) or "mirror" (the image, mirrored at its outermost pixels).  cutout: side of a square,
+        in pixels, that is painted over with the mean pixel, around a random pixel of each augmented image.
 
         Errors: ValueError for an unknown augmentation or border, an augmentation without a seed, or a size, start or
         padding out of range.
@@ -190,8 +192,8 @@ class Split(ABC):
         _one_of(border, BORDERS, "border")
         if seed is None and augment != "none":
             raise ValueError(f"augment={augment!r} needs a seed; batches without a seed are for evaluation")
-        if padding < 0:
-            raise ValueError(f"padding must be 0 or more pixels, not {padding}")
+        if padding < 0 or cutout < 0:
+            raise ValueError(f"padding and cutout must be 0 or more pixels, not {padding} and {cutout}")
         if border == "mirror" and padding >= min(self.shape[1:]):
             raise ValueError(f"{padding} pixels cannot be mirrored at the border of images of {self.shape[1:]} pixels")
         if seed is None:
@@ -201,7 +203,7 @@ class Split(ABC):
         batches = order.split(size)
         if not 0 <= start <= len(batches):
             raise ValueError(f"start={start} is not a batch of this pass: give 0 to {len(batches)}")
-        return self._read(batches[start:], seed, start, augment, padding, border)
+        return self._read(batches[start:], seed, start, augment, padding, border, cutout)
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Split:
@@ -209,7 +211,14 @@ class Split(ABC):
 
     @abstractmethod
     def _read(
-        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int, border: str
+        self,
+        batches: Sequence[Tensor],
+        seed: int | None,
+        start: int,
+        augment: str,
+        padding: int,
+        border: str,
+        cutout: int,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images at each of `batches` (int64 [B], positions in the split; the first is batch `start`)."""
 
@@ -253,21 +262,34 @@ class InMemory(Split):
         return InMemory(images, labels, self.classes, fill=self.fill, skipped=self.skipped)
 
     def _read(
-        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int, border: str
+        self,
+        batches: Sequence[Tensor],
+        seed: int | None,
+        start: int,
+        augment: str,
+        padding: int,
+        border: str,
+        cutout: int,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if augment == "resized-crop-flip":
             raise ValueError(f"images in memory have no {augment!r}: load the set with augment={augment!r}")
-        return (self._batch(rows, seed, k, augment, padding, border) for k, rows in enumerate(batches, start))
+        if not batches:
+            return iter(())
+        order = torch.cat(list(batches)).to(self.images.device)  # at once: a copy per batch would wait for the device
+        rows = order.split(len(batches[0]))
+        return (self._batch(those, seed, k, augment, padding, border, cutout) for k, those in enumerate(rows, start))
 
     def _batch(
-        self, rows: Tensor, seed: int | None, position: int, augment: str, padding: int, border: str
+        self, rows: Tensor, seed: int | None, position: int, augment: str, padding: int, border: str, cutout: int
     ) -> tuple[Tensor, Tensor]:
-        rows = rows.to(self.images.device)
         images = self.images[rows]
         if seed is not None and augment != "none":
             by = padding if augment == "crop-flip" else 0
             fill = self.fill if border == "mean" else None
-            images = _shift_and_flip(images, by, fill, _generator(seed, position))
+            generator = _generator(seed, position)
+            images = _shift_and_flip(images, by, fill, generator)
+            if cutout:
+                images = _cut_out(images, cutout, self.fill, generator)
         return images, self.labels[rows]
 
 
@@ -312,8 +334,17 @@ class Streamed(Split):
         )
 
     def _read(
-        self, batches: Sequence[Tensor], seed: int | None, start: int, augment: str, padding: int, border: str
+        self,
+        batches: Sequence[Tensor],
+        seed: int | None,
+        start: int,
+        augment: str,
+        padding: int,
+        border: str,
+        cutout: int,
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        if cutout:
+            raise ValueError("images that are streamed have no cutout: set it to 0")
         jobs = (_Job(self._rows[positions].tolist(), seed, augment) for positions in batches)
         pin = self._device.type == "cuda"
         decoded = _decode_all(self._reader, jobs, min(self._workers, len(batches)), pin)
@@ -724,8 +755,10 @@ def _shift_and_flip(images: Tensor, padding: int, fill: int | None, generator: t
     mirror half of them."""
     count, _, height, width = images.shape
     device = images.device
-    flip = torch.randint(2, (count, 1), generator=generator).bool().to(device)
-    top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator).to(device)
+    flip = torch.randint(2, (1, count, 1), generator=generator)
+    drawn = torch.cat([flip, torch.randint(2 * padding + 1, (2, count, 1), generator=generator)])
+    flip, top, left = _sent(drawn, device)
+    flip = flip.bool()
     across = torch.arange(width, device=device)
     rows = top + torch.arange(height, device=device)  # [B, H], in the padded image
     columns = left + torch.where(flip, across.flip(0), across)  # [B, W]
@@ -735,6 +768,25 @@ def _shift_and_flip(images: Tensor, padding: int, fill: int | None, generator: t
     else:
         images = pad(images, (padding,) * 4, value=fill)
     return _take(_take(images, rows).transpose(2, 3), columns).transpose(2, 3)
+
+
+def _cut_out(images: Tensor, side: int, fill: int, generator: torch.Generator) -> Tensor:
+    """Paint over, in each of uint8 [B, C, H, W], what lies in a square of side×side pixels around a random pixel.
+    Source: DeVries and Taylor, arXiv 1708.04552."""
+    count, _, *shape = images.shape
+    inside = []
+    for size in shape:
+        middle = _sent(torch.randint(size, (count, 1), generator=generator), images.device)
+        first = middle - side // 2
+        place = torch.arange(size, device=images.device)
+        inside.append((place >= first) & (place < first + side))
+    down, across = inside
+    return images.masked_fill((down[:, :, None] & across[:, None])[:, None], fill)
+
+
+def _sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """On the device; the host does not wait until it has done all before."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

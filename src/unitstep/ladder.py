@@ -33,6 +33,7 @@ from unitstep.neuron import LIF, clamp_, compiled, compiler_available
 from unitstep.quantizing import centre_thresholds_
 from unitstep.recipes import Recipe, Stage
 from unitstep.recomputing import recomputing
+from unitstep.replaying import Replayed
 from unitstep.rounding import round_weights_
 from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, leaf_modules, locked, open_run, rebuild
 from unitstep.timing import forget_peak, peak
@@ -296,9 +297,11 @@ class _Fit:
             round_weights_(self.net, self.stage.weight_bits)
         self.trained = recomputing(self.net) if self.stage.recompute and isinstance(self.net, Spiking) else self.net
         self.teacher = self._teacher() if self.stage.distillation else None
-        self.optimizer = _optimizer(self.net, self.stage)
+        self.optimizer = _optimizer(self.net, self.stage, device)
         if state is not None:
             self._restore(*state)
+        recorded = device.type == "cuda" and not self.stage.recompute  # which reads the random state between kernels
+        self.replayed = Replayed(self._compute) if recorded else None
         _forget_peak_memory(device)
         self.since = self.step, time.monotonic()  # when this epoch, or what is left of it, began
 
@@ -363,7 +366,7 @@ class _Fit:
                 order = mix(recipe.seed, self.index, epoch)
                 batches = self.train.batches(
                     self.stage.batch, seed=order, start=position, augment=recipe.augment, padding=recipe.padding,
-                    border=recipe.border,
+                    border=recipe.border, cutout=recipe.cutout,
                 )  # fmt: skip
                 clock = time.monotonic()
                 for images, labels in batches:
@@ -394,7 +397,19 @@ class _Fit:
         """One optimiser step on images uint8 [B, C, H, W] and labels [B]."""
         torch.manual_seed(mix(self.run.recipe.seed, self.index, self.step, 0))  # dropout
         for group in self.optimizer.param_groups:
-            group["lr"] = group["times"] * learning_rate(self.stage, self.step, self.total)
+            lr = group["times"] * learning_rate(self.stage, self.step, self.total)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        loss = self.replayed(images, labels) if self.replayed else self._compute(images, labels)
+        self.losses.append(loss)
+        self.step += 1
+        if self.device.type == "cpu" and not loss.isfinite():
+            self._check_finite()
+
+    def _compute(self, images: Tensor, labels: Tensor) -> Tensor:
+        """What an optimiser step computes, from images and labels to new weights; returns the loss."""
         self.net.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -412,12 +427,9 @@ class _Fit:
             loss = loss * (len(part) / len(images))
             loss.backward()
             total += loss.detach()
-        self.losses.append(total)
-        self.step += 1
-        if self.device.type == "cpu" and not total.isfinite():
-            self._check_finite()
         self.optimizer.step()
         clamp_(self.net)
+        return total
 
     def _check_finite(self) -> None:
         """FloatingPointError, naming the first bad step, if a loss of this epoch or a weight is not finite. Checked
@@ -452,7 +464,7 @@ class _Fit:
             "loss": round(loss, 5),
             "val_accuracy": val,
         }
-        row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 1)}
+        row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), "seconds": round(self.seconds, 1)}
         row |= {"images_per_second": round(images / (trained - self.since[1]), 1)}  # without validation
         # memory: of the stage so far
         row |= {"val_seconds": round(validated - trained, 3), "memory": _peak_memory(self.device)}
@@ -577,20 +589,23 @@ def learning_rate(stage: Stage, step: int, total: int) -> float:
     return stage.lr * (1 - done) / (1 - stage.warmup)
 
 
-def _optimizer(net: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.optim.Optimizer:
     """Weight decay acts on matrices and kernels alone: thresholds, leaks, biases and batch norms are scales, not
-    weights."""
+    weights. On a GPU one kernel updates all, and the learning rate is there, too."""
+    gpu = device.type == "cuda"
     parameters = list(net.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": stage.weight_decay, "times": 1.0},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "times": stage.vector_lr},
     ]
+    for group in groups:
+        group["lr"] = torch.tensor(stage.lr, device=device) if gpu else stage.lr
     groups = [group for group in groups if group["params"]]
     if stage.optimizer in ("sgd", "nesterov"):
-        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, nesterov=stage.optimizer == "nesterov")
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=stage.optimizer == "nesterov", fused=gpu or None)
     if stage.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=stage.lr)
-    return torch.optim.Adam(groups, lr=stage.lr, amsgrad=True)
+        return torch.optim.AdamW(groups, fused=gpu or None, capturable=gpu)
+    return torch.optim.Adam(groups, amsgrad=True, fused=gpu or None, capturable=gpu)
 
 
 def _forget_peak_memory(device: torch.device) -> None:

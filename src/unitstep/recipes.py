@@ -120,6 +120,9 @@ class Recipe:
     """Pixels added on each side before such a crop; fewer suit a short training."""
     border: Literal["mean", "mirror"] = "mean"
     """What those pixels are: the mean pixel, or the image mirrored at its outermost pixels."""
+    cutout: int = 0
+    """Side, in pixels, of a square at a random place of each training image that is painted over with the mean pixel;
+    0: none."""
     pixel_zero: tuple[float, ...] = (121.0,)
     """Pixel value, 0 to 255, that becomes 0: one for all channels or one each."""
     pixel_scale: tuple[float, ...] = (1 / 64,)
@@ -172,8 +175,10 @@ class Recipe:
             )
         if self.size < 1 or self.channels not in (1, 3):
             raise ValueError(f"size must be at least 1 pixel and channels 1 or 3, not {self.size} and {self.channels}")
-        if self.padding < 0:
-            raise ValueError(f"padding must be 0 or more pixels, not {self.padding}")
+        if self.padding < 0 or self.cutout < 0:
+            raise ValueError(f"padding and cutout must be 0 or more pixels, not {self.padding} and {self.cutout}")
+        if self.cutout and self.augment in ("none", "resized-crop-flip"):
+            raise ValueError(f"cutout goes with augment flip or crop-flip, not {self.augment}: set it to 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to 1, not {self.dropout}")
 
@@ -279,6 +284,11 @@ _FULL = _ladder(
     Stage(1, 60, 1e-3, "adamw", 0.05, batch=128, warmup=0.1, label_smoothing=0.1),
     between=10,
 )
+_VGG16 = _ladder(
+    Stage(None, 40, 0.1, "nesterov", 5e-4, warmup=0.2, label_smoothing=0.1),
+    Stage(1, 120, 1e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, distillation=0.5),
+    between=4,
+)
 _OWN = _ladder(
     Stage(None, 0, 0.1, "sgd"), Stage(1, 20, 1e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1), between=2
 )
@@ -289,7 +299,7 @@ _SHIPPED = (
     Recipe("fashion-mnist", "zalando-datasets/fashion_mnist", "vgg-mini", _MINI, **_FASHION),
     Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK, padding=4, border="mirror", whiten=True),
     Recipe("cifar10-vgg6", _CIFAR10, "vgg6", _FULL, dropout=0.2),
-    Recipe("cifar10-vgg16", _CIFAR10, "vgg16", _FULL, dropout=0.2),
+    Recipe("cifar10-vgg16", _CIFAR10, "vgg16", _VGG16, dropout=0.2, border="mirror", cutout=8, whiten=True),
     Recipe("cifar10-resnet20", _CIFAR10, "resnet20", _FULL, dropout=0.1),
     Recipe("cifar100-vgg16", _CIFAR100, "vgg16", _FULL, dropout=0.2),
     Recipe("cifar100-resnet20", _CIFAR100, "resnet20", _FULL, dropout=0.1),

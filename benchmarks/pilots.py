@@ -1,0 +1,142 @@
+"""Pilots for `cifar10-quick`: one change at a time, judged on training images that none of them is trained on.
+
+    python -m benchmarks.pilots --data PACKED --work WORK --out OUT.json --device cuda --minutes 8
+
+PACKED is CIFAR-10 as `unitstep pack` wrote it. HELD_OUT of its training images are set aside, with a fixed seed; the
+rest is trained on, 4 % of it for validation, as always. The test images are not looked at. Where a change makes an
+epoch dearer on a CPU, there are fewer epochs, so that all pilots would take a CPU about the same time.
+
+OUT.json gets, for every pilot, the accuracy on the held-out images: of the weights that training keeps (the best on
+the validation images), of those of the last epoch, and of their means over the last epochs. The same command goes on.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unitstep import ladder, packed
+from unitstep.data import load_test
+from unitstep.files import write_json
+from unitstep.recipes import Recipe, recipe
+from unitstep.runs import Run, provenance
+from unitstep.whitening import plain_state
+
+HELD_OUT = 8_000
+MEANS = (3, 5, 8)  # epochs, the last ones, over which weights are averaged
+QUICK = recipe("cifar10-quick")
+SCHEDULE = 27.0  # epochs at T = 1
+DISTILLED = 1.28  # times the time of an epoch without it
+
+
+def changed(cnn: dict[str, Any] | None = None, last: dict[str, Any] | None = None, **fields: Any) -> Recipe:
+    first, final = QUICK.stages
+    return replace(QUICK, stages=(replace(first, **(cnn or {})), replace(final, **(last or {}))), **fields)
+
+
+PILOTS: dict[str, Recipe] = {
+    "none": QUICK,
+    "cutout 8": changed(cutout=8),
+    "cutout 12": changed(cutout=12),
+    "distillation 0.5, 21 epochs": changed(last={"distillation": 0.5, "epochs": 27 / DISTILLED}),
+    "cutout 8, distillation 0.5, 21 epochs": changed(
+        last={"distillation": 0.5, "epochs": SCHEDULE / DISTILLED}, cutout=8
+    ),
+    "CNN 10 epochs, distillation 0.5, 18 epochs": changed(
+        cnn={"epochs": 10}, last={"distillation": 0.5, "epochs": (SCHEDULE - 3.7) / DISTILLED}
+    ),
+    "CNN 3 epochs, 30 epochs": changed(cnn={"epochs": 3}, last={"epochs": 29.8}),
+    "decay 0.4": changed(last={"weight_decay": 0.4}),
+    "lr 4e-3, decay 0.1": changed(last={"lr": 4e-3, "weight_decay": 0.1}),
+    "dropout 0.1": changed(dropout=0.1),
+    "smoothing 0.2": changed(last={"label_smoothing": 0.2}),
+    "rates of vectors × 4": changed(last={"vector_lr": 4.0}),
+    "weights of 8 bits": changed(last={"weight_bits": 8}),
+}
+
+
+def set_aside(source: Path, out: Path) -> None:
+    """Write the training images of the packed folder `source` as a packed folder whose test images are HELD_OUT of
+    them."""
+    part = packed.read(source)["train"]
+    order = torch.randperm(len(part.labels), generator=torch.Generator().manual_seed(1))
+    out.mkdir(parents=True)
+    for name, rows in (("test", order[:HELD_OUT]), ("train", order[HELD_OUT:])):
+        packed.write(out, name, part.images[rows], part.labels[rows], part.classes)
+
+
+def watched(states: list[dict[str, Tensor]]) -> Iterator[None]:
+    """Until it is closed, the weights of each epoch at T = 1 are put into `states`."""
+    usual = ladder._Fit._end_epoch
+
+    def end_epoch(fit: ladder._Fit, epoch: int) -> None:
+        usual(fit, epoch)
+        if fit.stage.steps == 1:
+            states.append({name: tensor.detach().clone() for name, tensor in plain_state(fit.net).items()})
+            del states[: -max(MEANS)]
+
+    ladder._Fit._end_epoch = end_epoch  # type: ignore[method-assign]
+    yield
+    ladder._Fit._end_epoch = usual  # type: ignore[method-assign]
+
+
+def pilot(r: Recipe, work: Path, device: str) -> dict[str, Any]:
+    """Train, and judge on the held-out images."""
+    states: list[dict[str, Tensor]] = []
+    watching = watched(states)
+    next(watching)
+    run: Run = ladder.train(r, work, device=device)
+    next(watching, None)
+    held_out, where = load_test(r.data, size=r.size, channels=r.channels), ladder.choose_device(device)
+    held_out, net = held_out.to(where), run.net(1).to(where)
+
+    def percent(given: list[dict[str, Tensor]]) -> float:
+        mean = {
+            name: torch.stack([s[name] for s in given]).float().mean(0).to(given[0][name].dtype) for name in given[0]
+        }
+        net.load_state_dict(mean)
+        return ladder.accuracy(net, held_out, 1, where)
+
+    found = {"kept": ladder.accuracy(net, held_out, 1, where), "last": percent(states[-1:])}
+    found |= {f"mean of {count}": percent(states[-count:]) for count in MEANS}
+    rows = [row for row in run.log if row["stage"] == 1]
+    return {
+        "held_out": found, "held_out_images": len(held_out), "losses": [row["loss"] for row in rows],
+        "val_accuracy": [stage.val_accuracy for stage in run.stages], "seconds": [s.seconds for s in run.stages],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as unitstep pack wrote it")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--out", type=Path, required=True, help="the record, a JSON file")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin none after so many minutes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    data = options.work / "data"
+    if not data.exists():
+        set_aside(options.data, data)
+    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    done = {(row["change"], row["seed"]) for row in rows}
+    for seed in options.seeds:
+        for number, (change, r) in enumerate(PILOTS.items()):
+            if (change, seed) in done or time.monotonic() > deadline:
+                continue
+            folder = options.work / f"{number}-{seed}"
+            found = pilot(replace(r, data=str(data), seed=seed), folder, options.device)
+            rows.append({"change": change, "seed": seed, **found, **provenance()})
+            write_json(options.out, {"schema": 1, "rows": rows})
+            print(change, seed, found["held_out"], f"{sum(found['seconds']):.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from unitstep import ladder, packed
+from unitstep.recipes import Stage, recipe
+from unitstep.replaying import WARM_UP, Replayed
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_a_replayed_computation_follows_its_inputs_its_state_and_the_seed() -> None:
+    weight = torch.ones(4, device="cuda")
+    calls = 0
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        weight.add_(1)
+        return torch.stack([(x * weight).sum(), torch.rand((), device="cuda")])
+
+    replayed, seen = Replayed(compute), list[float]()
+    for call in range(8):
+        torch.manual_seed(call % 2)
+        value, random = replayed(torch.full((4,), float(call), device="cuda")).tolist()
+        assert value == 4 * call * (call + 2)
+        seen.append(random)
+    assert seen == seen[:2] * 4
+    assert seen[0] != seen[1]
+    assert calls == WARM_UP + 1
+
+
+def test_what_waits_for_the_device_is_computed_each_time() -> None:
+    replayed = Replayed(lambda x: x + x.sum().item())
+    inputs = [torch.full((2,), float(call), device="cuda") for call in range(6)]
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        outs = [replayed(x).tolist() for x in inputs]
+    assert outs == [[3.0 * call] * 2 for call in range(6)]
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adam-amsgrad"])
+def test_training_is_the_same_replayed_and_not(tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(256, (640, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(640) % 10
+    images[torch.arange(640), 0, labels] = 255
+    for split in ("train", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        packed.write(tmp_path / "data", split, images, labels, [str(label) for label in range(10)])
+    stages = [Stage(None, 3, 0.02, "nesterov", 5e-4, batch=64, warmup=0.2)]
+    for steps in (2, 1):
+        stages.append(Stage(steps, 3, 1e-3, optimizer, 5e-4, batch=64, warmup=0.2, distillation=0.5))  # type: ignore[arg-type]
+    r = replace(recipe("fashion-mini"), data=str(tmp_path / "data"), stages=tuple(stages), dropout=0.2, whiten=True)
+
+    def losses(name: str) -> list[float]:
+        return [row["loss"] for row in ladder.train(r, tmp_path / name, device="cuda", precision="fp32").log]
+
+    replayed = losses("replayed")
+    monkeypatch.setattr(ladder, "Replayed", lambda compute: None)
+    assert replayed == pytest.approx(losses("not"), rel=2e-2)
