@@ -44,8 +44,8 @@ LONG = replace(  # the network of cifar10-quick, with time
     recipe("cifar10-quick"),
     cutout=8,
     stages=(
-        Stage(None, 40, 0.1, "nesterov", 5e-4, vector_lr=8, warmup=0.2, label_smoothing=0.1),
-        Stage(1, 150, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, distillation=0.5, weight_bits=8),
+        Stage(None, 30, 0.1, "nesterov", 5e-4, vector_lr=8, warmup=0.2, label_smoothing=0.1),
+        Stage(1, 80, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, distillation=0.5, weight_bits=8),
     ),
 )
 RUNS: dict[str, Recipe] = {

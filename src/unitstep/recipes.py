@@ -286,8 +286,8 @@ _FULL = _ladder(
 )
 _VGG16 = _ladder(
     Stage(None, 40, 0.1, "nesterov", 5e-4, warmup=0.2, label_smoothing=0.1),
-    Stage(1, 120, 1e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, distillation=0.5),
-    between=4,
+    Stage(1, 100, 1e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, distillation=0.5),
+    between=3,
 )
 _OWN = _ladder(
     Stage(None, 0, 0.1, "sgd"), Stage(1, 20, 1e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1), between=2
