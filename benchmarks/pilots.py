@@ -43,7 +43,6 @@ def changed(cnn: dict[str, Any] | None = None, last: dict[str, Any] | None = Non
 PILOTS: dict[str, Recipe] = {
     "none": QUICK,
     "cutout 8": changed(cutout=8),
-    "cutout 12": changed(cutout=12),
     "distillation 0.5, 21 epochs": changed(last={"distillation": 0.5, "epochs": 27 / DISTILLED}),
     "cutout 8, distillation 0.5, 21 epochs": changed(
         last={"distillation": 0.5, "epochs": SCHEDULE / DISTILLED}, cutout=8
@@ -51,6 +50,7 @@ PILOTS: dict[str, Recipe] = {
     "CNN 10 epochs, distillation 0.5, 18 epochs": changed(
         cnn={"epochs": 10}, last={"distillation": 0.5, "epochs": (SCHEDULE - 3.7) / DISTILLED}
     ),
+    "cutout 12": changed(cutout=12),
     "CNN 3 epochs, 30 epochs": changed(cnn={"epochs": 3}, last={"epochs": 29.8}),
     "decay 0.4": changed(last={"weight_decay": 0.4}),
     "lr 4e-3, decay 0.1": changed(last={"lr": 4e-3, "weight_decay": 0.1}),
