@@ -445,7 +445,7 @@ class _Fit:
             )
 
     def _end_epoch(self, epoch: int) -> None:
-        """Validate, keep the weights if they are the best so far (on a tie the later ones), log."""
+        """Validate, keep the weights if they are the best so far (on a tie the later ones) or the last count, log."""
         self._check_finite()  # waits for the device
         trained = time.monotonic()
         images = (self.step - self.since[0]) * min(self.stage.batch, len(self.train))
@@ -453,7 +453,7 @@ class _Fit:
         self.losses = []
         val = accuracy(self.net, self.val, self.stage.steps, self.device)
         validated = time.monotonic()
-        if val >= self.best_accuracy:
+        if val >= self.best_accuracy or self.stage.keep == "last":
             self.best_accuracy = val
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in plain_state(self.net).items()}
         row = {

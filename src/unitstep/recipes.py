@@ -55,6 +55,8 @@ class Stage:
     """Bits, 2 to 8, that weights are rounded to, with a scale per output channel, while the stage is trained: what is
     exported in integers is then the network that was trained. None: they are not rounded."""
 
+    keep: Literal["best", "last"] = "best"
+    """Which epoch's weights the stage ends with: the best on the validation images, or the last."""
     recompute: bool = False
     """Compute batch norms, neurons and pools of a spiking stage again in the backward pass in place of keeping what
     they gave: at several timesteps less memory, for a few percent of the time."""
@@ -277,7 +279,7 @@ _IMAGENET_PIXELS = _pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, warmup=0.1), between=1)
 _QUICK = (  # straight to T = 1
     Stage(None, 6, 0.1, "nesterov", 5e-4, vector_lr=8, warmup=0.2, label_smoothing=0.1),
-    Stage(1, 27, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1),
+    Stage(1, 28, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, weight_bits=8, keep="last"),
 )
 _FULL = _ladder(
     Stage(None, 60, 0.1, "sgd", 5e-4, batch=128, warmup=0.2, label_smoothing=0.1),
@@ -297,7 +299,7 @@ _FASHION: dict[str, Any] = {"channels": 1, "size": 28, "augment": "flip", "pixel
 _SHIPPED = (
     Recipe("fashion-mini", "fashion-mini", "vgg-mini", _MINI, **_FASHION),
     Recipe("fashion-mnist", "zalando-datasets/fashion_mnist", "vgg-mini", _MINI, **_FASHION),
-    Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK, padding=4, border="mirror", whiten=True),
+    Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK, padding=4, border="mirror", cutout=8, whiten=True),
     Recipe("cifar10-vgg6", _CIFAR10, "vgg6", _FULL, dropout=0.2),
     Recipe("cifar10-vgg16", _CIFAR10, "vgg16", _VGG16, dropout=0.2, border="mirror", cutout=8, whiten=True),
     Recipe("cifar10-resnet20", _CIFAR10, "resnet20", _FULL, dropout=0.1),
