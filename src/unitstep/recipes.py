@@ -279,7 +279,7 @@ _IMAGENET_PIXELS = _pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, warmup=0.1), between=1)
 _QUICK = (  # straight to T = 1
     Stage(None, 6, 0.1, "nesterov", 5e-4, vector_lr=8, warmup=0.2, label_smoothing=0.1),
-    Stage(1, 28, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, weight_bits=8, keep="last"),
+    Stage(1, 27, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, weight_bits=8, keep="last"),
 )
 _FULL = _ladder(
     Stage(None, 60, 0.1, "sgd", 5e-4, batch=128, warmup=0.2, label_smoothing=0.1),
