@@ -21,7 +21,7 @@ from unitstep.compact import save_compact
 from unitstep.files import write_json, write_whole
 from unitstep.ladder import train
 from unitstep.measurement import measure_run
-from unitstep.recipes import Recipe, Stage, recipe
+from unitstep.recipes import Recipe, recipe
 
 PART_BYTES = 16_000_000
 
@@ -40,17 +40,9 @@ def straight(r: Recipe) -> Recipe:
 
 
 VGG16 = recipe("cifar10-vgg16")
-LONG = replace(  # the network of cifar10-quick, with time
-    recipe("cifar10-quick"),
-    cutout=8,
-    stages=(
-        Stage(None, 30, 0.1, "nesterov", 5e-4, vector_lr=8, warmup=0.2, label_smoothing=0.1),
-        Stage(1, 80, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, distillation=0.5, weight_bits=8),
-    ),
-)
 RUNS: dict[str, Recipe] = {
     "cifar10-vgg16-0": VGG16,
-    "cifar10-quick-long-0": LONG,
+    "cifar10-quick-long-0": recipe("cifar10-quick-long"),
     "cifar10-vgg16-straight-0": straight(VGG16),
     "cifar10-quick-0": recipe("cifar10-quick"),
     "cifar10-resnet20-0": recipe("cifar10-resnet20"),
@@ -95,6 +87,7 @@ def main() -> None:
         if done < len(run.recipe.stages):
             break
         found = measure_run(run, device=options.device)
+        found["recipe"]["data"] = found["data"]["source"] = RUNS[name].data  # not the folder where it lies here
         if options.commit:
             found["commit"] = found["trained"]["commit"] = options.commit
         write_json(options.out / f"{name}.json", found)

@@ -2,37 +2,39 @@
 
     python benchmarks/record.py NAME RUN [RUN …]      writes benchmarks/records/NAME.json, prints Markdown
 
-A record holds what `unitstep measure` wrote for each run, with mean and spread over the seeds; nothing in it is typed
-by hand.
+RUN is a run folder, or its measure.json alone, as gpu.py brings it from another machine. A record holds what `unitstep
+measure` wrote for each run, with mean and spread over the seeds; nothing in it is typed by hand.
 """
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from unitstep.files import write_json
+from unitstep.files import read_json, write_json
 from unitstep.groups import cell, name_of
-from unitstep.recipes import differences, without_folder
+from unitstep.recipes import Recipe, differences, recipe_from_dict, without_folder
 from unitstep.runs import Run
 from unitstep.tables import markdown
 
 RECORDS = Path(__file__).parent / "records"
 
 
-def record(runs: list[Run]) -> dict[str, Any]:
+def record(paths: list[Path]) -> dict[str, Any]:
     """Runs of one recipe → one record. ValueError if one is not measured or recipes differ in more than the seed."""
-    measured = []
-    for run in runs:
-        if run.measurement is None:
-            raise ValueError(f"{run.path} has no measure.json: unitstep measure {run.path}")
-        if changes := differences(replace(runs[0].recipe, seed=0), replace(run.recipe, seed=0)):
-            raise ValueError(f"{run.path} has another recipe than {runs[0].path}: {'; '.join(changes)}")
+    measured, recipes = [], list[Recipe]()
+    for path in paths:
+        found = Run(path).measurement if path.is_dir() else read_json(path)
+        if found is None:
+            raise ValueError(f"{path} has no measure.json: unitstep measure {path}")
+        recipes.append(recipe_from_dict(found["recipe"]))
+        # another machine has its images elsewhere
+        first, this = (replace(without_folder(r), seed=0) for r in (recipes[0], recipes[-1]))
+        if changes := differences(first, this):
+            raise ValueError(f"{path} has another recipe than {paths[0]}: {'; '.join(changes)}")
         # a record names the data set, not the folder where it lay
-        found = json.loads(json.dumps(run.measurement))
-        found["recipe"]["data"] = found["data"]["source"] = without_folder(run.recipe).data
+        found["recipe"]["data"] = found["data"]["source"] = this.data
         measured.append(found)
     stages = []
     for rows in zip(*(found["stages"] for found in measured), strict=True):
@@ -46,7 +48,7 @@ def record(runs: list[Run]) -> dict[str, Any]:
                     "values": values,
                 }
         stages.append(summary)
-    return {"schema": 1, "n": len(runs), "seeds": [run.recipe.seed for run in runs], "stages": stages, "runs": measured}
+    return {"schema": 1, "n": len(paths), "seeds": [r.seed for r in recipes], "stages": stages, "runs": measured}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -67,7 +69,7 @@ def mean_cell(value: dict[str, Any], digits: int) -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    found = record([Run(path) for path in sys.argv[2:]])
+    found = record([Path(path) for path in sys.argv[2:]])
     RECORDS.mkdir(exist_ok=True)
     write_json(RECORDS / f"{sys.argv[1]}.json", found)
     print(table(found))

@@ -151,7 +151,7 @@ def _train(arguments: list[str]) -> int:
             device: Where to train; auto takes a GPU if there is one.
             precision: bf16 is mixed precision; auto uses it where the hardware is faster in it.
             compile: Fuse the neurons by torch.compile; auto does so where a compiler is there and the stage is long
-                enough to gain.
+                enough to gain. On a GPU, off also launches every kernel of a step by itself, in place of all at once.
             time_limit: Minutes after which training stops; the same command goes on.
             max_loss: Percentage points of validation accuracy: the ladder ends at the first T that loses more than
                 that against the CNN.

@@ -104,7 +104,7 @@ def train(
     seconds come with it.
     device: auto, cpu, cuda.  precision: auto, fp32, bf16 (mixed: weights, membranes, evaluation stay fp32).
     compile: fuse the neurons by torch.compile; auto does where a compiler is there and the stage is long enough to
-    gain.
+    gain. On a GPU, auto and on also record a step once and replay it.
     time_limit: minutes after which it stops, with a saved state.  max_loss: percentage points of validation accuracy;
     the ladder ends at the first T that loses more than that against the CNN.  bad_images: refuse or skip unreadable
     ones. Raises ValueError for a user's mistake, FloatingPointError if the loss is not finite, KeyboardInterrupt after
@@ -137,7 +137,9 @@ def train(
         reference: float | None = None
         for index, stage in enumerate(recipe.stages):
             if not run.stage_path(index).exists():
-                fit = _Fit(run, index, train_split, val_split, where, amp, progress or (lambda _: None))
+                fit = _Fit(
+                    run, index, train_split, val_split, where, amp, progress or (lambda _: None), compile != "off"
+                )
                 with compiled(_pays(compile, fit.net, stage, train_split, where)):
                     finished = fit.climb(stop)
                 if not finished or (index + 1 < len(recipe.stages) and stop()):
@@ -278,6 +280,7 @@ class _Fit:
         device: torch.device,
         amp: bool,
         progress: Callable[[Progress], None],
+        replay: bool,
     ) -> None:
         self.run, self.index, self.stage, self.progress = run, index, run.recipe.stages[index], progress
         self.train, self.val, self.device, self.amp = train, val, device, amp
@@ -300,7 +303,8 @@ class _Fit:
         self.optimizer = _optimizer(self.net, self.stage, device)
         if state is not None:
             self._restore(*state)
-        recorded = device.type == "cuda" and not self.stage.recompute  # which reads the random state between kernels
+        # to recompute, the state of random numbers is read between kernels
+        recorded = replay and device.type == "cuda" and not self.stage.recompute
         self.replayed = Replayed(self._compute) if recorded else None
         _forget_peak_memory(device)
         self.since = self.step, time.monotonic()  # when this epoch, or what is left of it, began

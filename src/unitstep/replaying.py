@@ -4,7 +4,6 @@ A step of training launches a few hundred kernels, many of which run for microse
 them than the GPU to run them. A CUDA graph holds all of them and is launched at once.
 """
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -18,7 +17,8 @@ class Replayed:
     call but for what its inputs, and the tensors that it reads and writes in place, hold; random numbers are drawn
     anew.
 
-    What cannot be recorded, as it waits for the device, is computed at every call, with a warning.
+    Raises ValueError, at the call that records, if that is impossible, as `compute` waits for the device. Torch's
+    random numbers on the GPU are then of no more use in this process.
     """
 
     def __init__(self, compute: Callable[..., Tensor]) -> None:
@@ -47,10 +47,11 @@ class Replayed:
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.out = self.compute(*self.inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            warnings.warn(
-                f"this stage's steps cannot be recorded for the GPU, which is slower, with the same results: {error}",
-                stacklevel=2,
-            )
-        else:
-            self.graph = graph
+            raise ValueError(
+                f"the training steps cannot be recorded for the GPU ({error}): the same command with --compile off "
+                "trains without that, more slowly"
+            ) from error
+        self.graph = graph
