@@ -40,11 +40,15 @@ def straight(r: Recipe) -> Recipe:
 
 
 VGG16 = recipe("cifar10-vgg16")
+LONG = recipe("cifar10-quick-long")
 RUNS: dict[str, Recipe] = {
     "cifar10-vgg16-0": VGG16,
-    "cifar10-quick-long-0": recipe("cifar10-quick-long"),
+    "cifar10-quick-long-0": LONG,
+    "cifar10-vgg16-as-quick-long-0": replace(LONG, net="vgg16"),
+    "cifar10-vgg16-conv-as-quick-long-0": replace(LONG, net="vgg16-conv"),
     "cifar10-vgg16-straight-0": straight(VGG16),
-    "cifar10-quick-0": recipe("cifar10-quick"),
+    "cifar10-quick-long-1": replace(LONG, seed=1),
+    "cifar10-resnet20-as-quick-long-0": replace(LONG, net="resnet20"),
     "cifar10-resnet20-0": recipe("cifar10-resnet20"),
     "cifar10-vgg6-0": recipe("cifar10-vgg6"),
     "cifar10-vgg16-1": replace(VGG16, seed=1),

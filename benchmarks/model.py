@@ -1,19 +1,24 @@
 """Make a trained network that comes with the package, and its card.
 
-    python -m benchmarks.model NAME RUN
+    python -m benchmarks.model NAME RUN [--data IMAGES]
 
-RUN is a measured run that ends at T = 1. Its last stage is written to src/unitstep/models twice, with the same 8-bit
-weights: as NAME.safetensors, and in integers as NAME-int8.onnx. That one is evaluated in ONNX Runtime on the run's test
-images; the other tells its spikes. The card is NAME.md there.
+RUN is a measured run that ends at T = 1; or what is left of one that gpu.py made on another machine, its record X.json,
+with the network beside it as X.safetensors; IMAGES is then where the images are here. The last stage is written to
+src/unitstep/models twice, with the same 8-bit weights: as NAME.safetensors, and in integers as NAME-int8.onnx. That one
+is evaluated in ONNX Runtime on the test images; the other tells its spikes. The card is NAME.md there.
 """
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from unitstep.compact import MODELS, load_compact, save_compact
 from unitstep.data import load_test, load_train
 from unitstep.exporting import describe, to_onnx
+from unitstep.files import read_json, write_whole
 from unitstep.measurement import Measurement, measure, wilson
-from unitstep.recipes import without_folder
+from unitstep.recipes import recipe_from_dict, without_folder
 from unitstep.running import open_model
 from unitstep.runs import Run
 
@@ -27,9 +32,9 @@ A spiking network that needs one timestep: `unitstep.pretrained("{name}")`.
 | input | uint8 [B, {channels}, {size}, {size}]; normalisation is inside |
 | output | logits [B, {classes}]: {names} |
 | accuracy | {accuracy:.2f} % of the {images:,} test images (95 %: {low:.2f}–{high:.2f}), in ONNX Runtime |
-| before its weights were rounded | {before:.2f} %; {val:.2f} % of the validation images, on which it was chosen |
+| as measured after training | {before:.2f} %; {val:.2f} % of the validation images, on which it was chosen |
 | spikes | {rate:.3f} per neuron and image; {spikes:,.0f} per image in {neurons:,} neurons |
-| trained | recipe `{recipe}`, network `{net}`, seed {seed}; {seconds:.0f} s on {cpu}, {threads} threads, {precision} |
+| trained | recipe `{recipe}`, network `{net}`, seed {seed}; {seconds:.0f} s on {where}, {precision} |
 | by | commit {commit}, torch {torch} |
 | `{name}-int8.onnx` | {onnx_bytes:,} bytes; integers from the pixels to the last spikes |
 | `{name}.safetensors` | {bytes:,} bytes; the same weights; thresholds, leaks and batch norms in fp32 |
@@ -39,14 +44,12 @@ probabilities. On images that were made or cut out in another way than those it 
 """
 
 
-def card(name: str, run: Run, found: Measurement, right: int) -> str:
-    """Of the network `name`, made from `run`; found: what its rounded form does on the test images; right: how many of
-    them the integer file gets right."""
-    measured = run.measurement
-    if measured is None or measured["stages"][-1]["steps"] != 1:
-        raise ValueError(f"{run.path} has no measure.json that ends at T = 1: unitstep train and measure {run.path}")
-    r, last, trained, classes = run.recipe, measured["stages"][-1], measured["trained"], run.stages[-1].classes
+def card(name: str, measured: dict[str, Any], found: Measurement, right: int) -> str:
+    """Of the network `name`; measured: the measure.json of its run; found: what its rounded form does on the test
+    images; right: how many of them the integer file gets right."""
+    r, last, trained = recipe_from_dict(measured["recipe"]), measured["stages"][-1], measured["trained"]
     neurons, rate = sum(layer.neurons for layer in found.layers), found.spikes_per_neuron or 0.0
+    machine, classes = trained["machine"], measured["data"]["classes"]
     return CARD.format(
         name=name, data=without_folder(r).data, channels=r.channels, size=r.size, classes=len(classes),
         names=", ".join(classes),
@@ -54,7 +57,7 @@ def card(name: str, run: Run, found: Measurement, right: int) -> str:
         high=wilson(right, found.images)[1], onnx_bytes=(MODELS / f"{name}-int8.onnx").stat().st_size,
         before=last["test_accuracy"], val=last["val_accuracy"], rate=rate, spikes=rate * neurons, neurons=neurons,
         recipe=r.name, net=r.net, seed=r.seed, seconds=sum(stage["seconds"] for stage in measured["stages"]),
-        cpu=trained["machine"]["cpu"], threads=trained["machine"]["threads"], precision=trained["precision"],
+        where=machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads", precision=trained["precision"],
         commit=trained["commit"], torch=trained["versions"]["torch"],
         bytes=(MODELS / f"{name}.safetensors").stat().st_size,
     )  # fmt: skip
@@ -63,19 +66,27 @@ def card(name: str, run: Run, found: Measurement, right: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
-    parser.add_argument("run")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", help="where the images are, if not where they were")
     options = parser.parse_args()
-    run, path = Run(options.run), MODELS / f"{options.name}.safetensors"
+    path = MODELS / f"{options.name}.safetensors"
     MODELS.mkdir(exist_ok=True)
-    save_compact(run, path)
-    r, net = run.recipe, load_compact(path)
+    if options.run.is_dir():
+        save_compact(Run(options.run), path)
+    else:
+        write_whole(path, options.run.with_suffix(".safetensors").read_bytes())
+    measured = read_json(options.run / "measure.json" if options.run.is_dir() else options.run)
+    if measured["stages"][-1]["steps"] != 1:
+        raise ValueError(f"{options.run} does not end at T = 1")
+    r, net = recipe_from_dict(measured["recipe"]), load_compact(path)
+    r = replace(r, data=options.data or r.data)
     _, val = load_train(r.data, size=r.size, channels=r.channels, augment=r.augment)
     images, labels = next(val.batches(1000))
     to_onnx(net, MODELS / f"{options.name}-int8.onnx", images, labels, about=describe(r, val))
     test = load_test(r.data, size=r.size, channels=r.channels, augment=r.augment)
     model = open_model(MODELS / f"{options.name}-int8.onnx")
     right = sum(int((model(x.numpy())[0].argmax(1) == y.numpy()).sum()) for x, y in test.batches(500))
-    text = card(options.name, run, measure(net, test, steps=1), right)
+    text = card(options.name, measured, measure(net, test, steps=1), right)
     path.with_suffix(".md").write_text(text)
     print(text)
 
