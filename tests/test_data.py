@@ -198,6 +198,26 @@ def test_augmentation_against_one_image_at_a_time(augment: str, border: str, sha
             assert (batch[i].numpy() == (cut[:, :, ::-1] if flip[i] else cut)).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 12)])
+@pytest.mark.parametrize("side", [1, 4, 7])
+def test_cutout_against_one_image_at_a_time(shape: tuple[int, int, int], side: int) -> None:
+    """The oracle: what is shifted and mirrored as without it, then has a square painted over, cut off at the border."""
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (64, *shape), generator=noise, dtype=torch.uint8)
+    split = InMemory(images, torch.arange(64), [str(i) for i in range(64)], fill=99)
+    plain, cut = (list(split.batches(32, seed=5, augment="crop-flip", cutout=pixels)) for pixels in (0, side))
+    for k, ((before, _), (after, _)) in enumerate(zip(plain, cut, strict=True)):
+        generator = torch.Generator().manual_seed(mix(5, k))
+        torch.randint(2, (32, 1), generator=generator)
+        torch.randint(9, (2, 32, 1), generator=generator)
+        down, across = (torch.randint(size, (32, 1), generator=generator).flatten().tolist() for size in shape[1:])
+        for i in range(32):
+            wanted = before[i].numpy().copy()
+            top, left = down[i] - side // 2, across[i] - side // 2
+            wanted[:, max(0, top) : top + side, max(0, left) : left + side] = 99
+            assert (after[i].numpy() == wanted).all()
+
+
 def test_moving_keeps_everything() -> None:
     split = tagged(10)
     moved = split.to("cpu")
@@ -226,6 +246,7 @@ def test_mix() -> None:
         ({"size": 4, "augment": "flip"}, "needs a seed"),
         ({"size": 4, "seed": 1, "augment": "mirror"}, "unknown augment 'mirror': choose one of none, flip"),
         ({"size": 4, "seed": 1, "augment": "resized-crop-flip"}, "load the set with augment='resized-crop-flip'"),
+        ({"size": 4, "cutout": -1}, "padding and cutout must be 0 or more pixels, not 4 and -1"),
         ({"size": 4, "border": "black"}, "unknown border 'black': choose one of mean, mirror"),
         ({"size": 4, "border": "mirror", "padding": 99}, "99 pixels cannot be mirrored at the border of images of"),
         ({"size": 4, "start": 4}, "start=4 is not a batch of this pass: give 0 to 3"),

@@ -121,6 +121,20 @@ def test_time_limit_stops_with_a_saved_state(unbroken, tmp_path):
     assert_same(run, unbroken)
 
 
+def test_the_last_epochs_weights_are_kept_on_request(tmp_path):
+    """With accuracies that fall: the last weights are not the best."""
+    falling = iter(range(100, 0, -1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder, "accuracy", lambda *_: next(falling))
+        states = {}
+        for keep in ("best", "last"):
+            shipped = small()
+            stage = replace(shipped.stages[0], epochs=3, batch=2000, keep=keep)
+            run = train(replace(shipped, stages=(stage,)), tmp_path / keep)
+            states[keep] = run.finished(0).val_accuracy, run.net(0).state_dict()["norm1.num_batches_tracked"]
+    assert states == {"best": (100, 2), "last": (95, 6)}
+
+
 def test_max_loss_ends_the_ladder(tmp_path):
     run = train(small(2, 1), tmp_path, max_loss=-100.0)
     assert [stage.stage.name for stage in run.stages] == ["cnn", "t2"] or len(run.stages) == 1

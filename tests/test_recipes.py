@@ -65,13 +65,15 @@ def test_differences_name_the_field():
         ("colour", 1, "unknown fields .'colour'"),
         ("seed", "one", "recipe.seed: 'one' is not"),
         ("norm", "sometimes", "recipe.norm: 'sometimes' is not"),
+        ("cutout", -1, "padding and cutout must be 0 or more pixels, not 4 and -1"),
+        ("augment", "none", "cutout goes with augment flip or crop-flip, not none: set it to 0"),
         ("stages", [{"steps": 1}], "missing 2 required positional arguments"),
         ("stages", [], "the first stage of a recipe, and no other, is the CNN"),
     ],
 )
 def test_wrong_fields_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
-        recipe_from_dict({**recipe("fashion-mini").to_dict(), field: value})
+        recipe_from_dict({**recipe("fashion-mini", cutout=8).to_dict(), field: value})
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,7 @@ def test_wrong_fields_are_refused(field, value, message):
         ({"lr": -1.0}, "lr must be greater than 0"),
         ({"batch": 10, "accumulate": 3}, "cannot be cut into 3 equal parts"),
         ({"warmup": 1.0}, "shares from 0 to 1"),
+        ({"keep": "first"}, "keep must be best or last, not 'first'"),
         ({"optimizer": "lion"}, "no optimizer named 'lion'"),
     ],
 )

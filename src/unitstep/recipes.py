@@ -88,6 +88,8 @@ class Stage:
             raise ValueError("recompute cannot be had with spike_penalty, which looks at the spikes: leave one out")
         if self.weight_bits is not None and not 2 <= self.weight_bits <= 8:
             raise ValueError(f"weight_bits is 2 to 8, or None, not {self.weight_bits}")
+        if self.keep not in ("best", "last"):
+            raise ValueError(f"keep must be best or last, not {self.keep!r}")
         if self.optimizer not in get_args(Optimizer):
             raise ValueError(f"no optimizer named {self.optimizer!r}; there are: {', '.join(get_args(Optimizer))}")
 
