@@ -253,8 +253,9 @@ def _build(kind: Any, value: Any, where: str = "recipe") -> Any:
 
 
 def _ladder(cnn: Stage, last: Stage, *, between: float) -> tuple[Stage, ...]:
-    """CNN, T = 5, 4, 3, 2 for `between` epochs each, then `last` at T = 1, where an epoch is cheap."""
-    return (cnn, *(replace(last, steps=steps, epochs=between) for steps in (5, 4, 3, 2)), last)
+    """CNN, T = 5, 4, 3, 2 for `between` epochs each, then `last` at T = 1, where an epoch is cheap and weights may be
+    rounded."""
+    return (cnn, *(replace(last, steps=steps, epochs=between, weight_bits=None) for steps in (5, 4, 3, 2)), last)
 
 
 def _paper(name: str, data: str, net: str, *, norm: Literal["none", "fold"], **fields: Any) -> Recipe:
@@ -278,7 +279,7 @@ _CIFAR10_PIXELS = _pixels((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR100_PIXELS = _pixels((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _IMAGENET_PIXELS = _pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-_MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, warmup=0.1), between=1)
+_MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, warmup=0.1, weight_bits=8), between=1)
 _QUICK = (  # straight to T = 1
     Stage(None, 6, 0.1, "nesterov", 5e-4, vector_lr=8, warmup=0.2, label_smoothing=0.1),
     Stage(1, 27, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, weight_bits=8, keep="last"),
@@ -289,7 +290,7 @@ _QUICK_LONG = (  # a CNN that is trained for long is worth imitating
 )
 _FULL = _ladder(
     Stage(None, 60, 0.1, "sgd", 5e-4, batch=128, warmup=0.2, label_smoothing=0.1),
-    Stage(1, 60, 1e-3, "adamw", 0.05, batch=128, warmup=0.1, label_smoothing=0.1),
+    Stage(1, 60, 1e-3, "adamw", 0.05, batch=128, warmup=0.1, label_smoothing=0.1, weight_bits=8),
     between=10,
 )
 _VGG16 = _ladder(
