@@ -9,7 +9,6 @@ wanted, and what this needs: gpu.md.
 """
 
 import argparse
-import shutil
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from unitstep.measurement import measure_run
 from unitstep.recipes import Recipe, recipe
 
 PART_BYTES = 16_000_000
+LOGGED = ("name", "epoch", "loss", "val_accuracy", "images_per_second", "memory")
 
 
 def shortened(name: str, factor: float) -> Recipe:
@@ -68,15 +68,17 @@ def main() -> None:
     parser.add_argument(
         "--commit", help="of this source tree, where it has no history: git describe --always --dirty=+"
     )
-    parser.add_argument("--shorter", type=float, default=1.0, help="divide all epochs by this: to try it out")
-    parser.add_argument("--weights", nargs="*", default=[], metavar="NAME", help="runs whose last network is kept")
+    parser.add_argument("--shorter", type=float, default=1.0, help="divide all epochs by this, to try it out")
+    parser.add_argument("--weights", action="append", default=[], metavar="NAME", help="a run whose network is kept")
     parser.add_argument("names", nargs="*", help="runs; all if none is given")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
+    if options.shorter != 1:  # not to be taken for the runs themselves
+        options.work, options.out = (folder / f"shorter-{options.shorter:g}" for folder in (options.work, options.out))
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.names or RUNS:
-        path = options.work / name
-        if (path / "measure.json").exists():
+        path, weights = options.work / name, name in options.weights
+        if (options.out / f"{name}.json").exists() and not (weights and not any(options.out.glob(f"{name}.safe*"))):
             continue
         left = (deadline - time.monotonic()) / 60
         if left <= 0:
@@ -85,18 +87,18 @@ def main() -> None:
         r = replace(r, stages=tuple(replace(stage, epochs=stage.epochs / options.shorter) for stage in r.stages))
         cnn = options.work / SAME_CNN[name] if name in SAME_CNN else None
         run = train(r, path, data=options.data, device=options.device, time_limit=left, cnn=cnn)
-        shutil.copy(path / "log.jsonl", options.out / f"{name}.log.jsonl")
         done = len(run.stages)
         print(f"{name}: {done} of {len(run.recipe.stages)} stages", *(s.val_accuracy for s in run.stages), flush=True)
         if done < len(run.recipe.stages):
             break
-        found = measure_run(run, device=options.device)
+        found = run.measurement or measure_run(run, device=options.device)
+        found["log"] = [{key: row[key] for key in LOGGED} for row in run.log]
         found["recipe"]["data"] = found["data"]["source"] = RUNS[name].data  # not the folder where it lies here
         if options.commit:
             found["commit"] = found["trained"]["commit"] = options.commit
         write_json(options.out / f"{name}.json", found)
         print(f"{name}: test {[round(row['test_accuracy'], 2) for row in found['stages']]}", flush=True)
-        if name in options.weights:
+        if weights:
             save_compact(run, path / "compact.safetensors")
             data = (path / "compact.safetensors").read_bytes()
             for number, start in enumerate(range(0, len(data), PART_BYTES)):  # cat puts them together again

@@ -32,7 +32,7 @@ A spiking network that needs one timestep: `unitstep.pretrained("{name}")`.
 | input | uint8 [B, {channels}, {size}, {size}]; normalisation is inside |
 | output | logits [B, {classes}]: {names} |
 | accuracy | {accuracy:.2f} % of the {images:,} test images (95 %: {low:.2f}–{high:.2f}), in ONNX Runtime |
-| as measured after training | {before:.2f} %; {val:.2f} % of the validation images, on which it was chosen |
+| as measured after training | {before:.2f} %; {val:.2f} % of the validation images{chosen} |
 | spikes | {rate:.3f} per neuron and image; {spikes:,.0f} per image in {neurons:,} neurons |
 | trained | recipe `{recipe}`, network `{net}`, seed {seed}; {seconds:.0f} s on {where}, {precision} |
 | by | commit {commit}, torch {torch} |
@@ -55,6 +55,7 @@ def card(name: str, measured: dict[str, Any], found: Measurement, right: int) ->
         names=", ".join(classes),
         accuracy=100 * right / found.images, images=found.images, low=wilson(right, found.images)[0],
         high=wilson(right, found.images)[1], onnx_bytes=(MODELS / f"{name}-int8.onnx").stat().st_size,
+        chosen=", on which it was chosen" if r.stages[-1].keep == "best" else "",
         before=last["test_accuracy"], val=last["val_accuracy"], rate=rate, spikes=rate * neurons, neurons=neurons,
         recipe=r.name, net=r.net, seed=r.seed, seconds=sum(stage["seconds"] for stage in measured["stages"]),
         where=machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads", precision=trained["precision"],
@@ -69,15 +70,17 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", help="where the images are, if not where they were")
     options = parser.parse_args()
+    if options.run.is_dir() and Run(options.run).measurement is None:
+        raise ValueError(f"{options.run} has no measure.json: unitstep measure {options.run}")
+    measured = read_json(options.run / "measure.json" if options.run.is_dir() else options.run)
+    if measured["stages"][-1]["steps"] != 1:
+        raise ValueError(f"{options.run} does not end at T = 1: unitstep train goes on with it")
     path = MODELS / f"{options.name}.safetensors"
     MODELS.mkdir(exist_ok=True)
     if options.run.is_dir():
         save_compact(Run(options.run), path)
     else:
         write_whole(path, options.run.with_suffix(".safetensors").read_bytes())
-    measured = read_json(options.run / "measure.json" if options.run.is_dir() else options.run)
-    if measured["stages"][-1]["steps"] != 1:
-        raise ValueError(f"{options.run} does not end at T = 1")
     r, net = recipe_from_dict(measured["recipe"]), load_compact(path)
     r = replace(r, data=options.data or r.data)
     _, val = load_train(r.data, size=r.size, channels=r.channels, augment=r.augment)

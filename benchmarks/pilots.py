@@ -12,7 +12,9 @@ goes on.
 """
 
 import argparse
+import contextlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,8 +27,8 @@ from torch import Tensor
 from unitstep import ladder, packed
 from unitstep.data import load_test
 from unitstep.files import write_json
-from unitstep.recipes import Recipe, Stage, recipe
-from unitstep.runs import Run, provenance
+from unitstep.recipes import Recipe, Stage, recipe, without_folder
+from unitstep.runs import provenance
 from unitstep.whitening import plain_state
 
 HELD_OUT = 8_000
@@ -82,8 +84,9 @@ def set_aside(source: Path, out: Path) -> None:
         packed.write(out, name, part.images[rows], part.labels[rows], part.classes)
 
 
+@contextlib.contextmanager
 def watched(states: list[dict[str, Tensor]]) -> Iterator[None]:
-    """Until it is closed, the weights of each epoch at T = 1 are put into `states`."""
+    """Within this context the weights of each epoch at T = 1 are put into `states`."""
     usual = ladder._Fit._end_epoch
 
     def end_epoch(fit: ladder._Fit, epoch: int) -> None:
@@ -93,17 +96,18 @@ def watched(states: list[dict[str, Tensor]]) -> Iterator[None]:
             del states[: -max(MEANS)]
 
     ladder._Fit._end_epoch = end_epoch  # type: ignore[method-assign]
-    yield
-    ladder._Fit._end_epoch = usual  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ladder._Fit._end_epoch = usual  # type: ignore[method-assign]
 
 
 def pilot(r: Recipe, work: Path, device: str) -> dict[str, Any]:
-    """Train, and judge on the held-out images."""
+    """Train from the beginning, since all epochs are watched, and judge on the held-out images."""
     states: list[dict[str, Tensor]] = []
-    watching = watched(states)
-    next(watching)
-    run: Run = ladder.train(r, work, device=device)
-    next(watching, None)
+    shutil.rmtree(work, ignore_errors=True)
+    with watched(states):
+        run = ladder.train(r, work, device=device)
     held_out, where = load_test(r.data, size=r.size, channels=r.channels), ladder.choose_device(device)
     held_out, net = held_out.to(where), run.net(1).to(where)
 
@@ -130,6 +134,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RECORD, help="the record, a JSON file")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin none after so many minutes")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
+    parser.add_argument(
+        "--commit", help="of this source tree, where it has no history: git describe --always --dirty=+"
+    )
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
@@ -144,7 +151,9 @@ def main() -> None:
                 continue
             folder = options.work / f"{number}-{seed}"
             found = pilot(replace(r, data=str(data), seed=seed), folder, options.device)
-            rows.append({"change": change, "seed": seed, **found, **provenance()})
+            about = provenance() | ({"commit": options.commit} if options.commit else {})
+            whole = without_folder(replace(r, seed=seed)).to_dict()
+            rows.append({"change": change, "seed": seed, **found, "recipe": whole, **about})
             write_json(options.out, {"schema": 1, "rows": rows})
             print(change, seed, found["held_out"], f"{sum(found['seconds']):.0f} s", flush=True)
 

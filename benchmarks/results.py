@@ -4,10 +4,11 @@ python -m benchmarks.results
 """
 
 import json
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RECORDS, mean_cell
+from benchmarks.record import RECORDS, mean_cell, table
 from unitstep.tables import PAPER, PAPER_STEPS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -17,9 +18,9 @@ NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet-1k": "ImageNe
 
 HEAD = """# Results
 
-Made by `python -m benchmarks.results` from the [records](../benchmarks/records). Test accuracy in percent. Our
-networks are chosen on validation images, and the test images are read once; the authors chose the best epoch on the
-test images.
+Made by `python -m benchmarks.results` from the [records](../benchmarks/records). Test accuracy in percent. The
+test images are read once, and choices are made on validation images; the authors chose the best epoch on the test
+images.
 
 ## The paper's table
 
@@ -38,10 +39,17 @@ then of each stage down to T = 1. Minutes are of the training of all stages, val
 |---|---|---|---|---|---|---|---|---|---|
 """
 
+STAGES = """
+## Stage by stage
+
+Mean over n seeds, ± the standard deviation.
+"""
+
 
 def page(records: dict[str, dict[str, Any]]) -> str:
     """The whole page. records: by name, as record.py writes them."""
-    return HEAD + _paper(records) + OURS + "".join(_line(name, found) for name, found in records.items())
+    ours = "".join(_line(name, found) for name, found in records.items())
+    return HEAD + _paper(records) + OURS + ours + STAGES + "".join(starmap(_stages, records.items()))
 
 
 def _paper(records: dict[str, dict[str, Any]]) -> str:
@@ -78,6 +86,10 @@ def _line(name: str, found: dict[str, Any]) -> str:
     cells = [name, str(found["n"]), run["recipe"]["net"], mean_cell(stages[0]["test_accuracy"], 2), at_one]
     cells += [mean_cell(last["spikes_per_neuron"], 3), epochs, f"{minutes:.0f}", where, run["trained"]["commit"] or ""]
     return f"| {' | '.join(cells)} |\n"
+
+
+def _stages(name: str, found: dict[str, Any]) -> str:
+    return f"\n### {name}\n\n{table(found)}\n"
 
 
 def records() -> dict[str, dict[str, Any]]:

@@ -111,7 +111,7 @@ def of_epoch(data: str) -> dict[str, Any]:
     r = recipe("cifar10-quick")
     last = r.stages[-1]
     train, val = load_train(data, size=r.size, channels=r.channels)
-    options: dict[str, Any] = {"augment": r.augment, "padding": r.padding, "border": r.border}
+    options: dict[str, Any] = {"augment": r.augment, "padding": r.padding, "border": r.border, "cutout": r.cutout}
     next(train.batches(last.batch, seed=0, **options))
     started = time.perf_counter()
     count = sum(1 for _ in train.batches(last.batch, seed=1, **options))

@@ -41,6 +41,12 @@ def test_train_measure_and_the_errors_between(tmp_path, capsys):
     assert f"{model}: int8" in printed.err
     assert main(["export", out, "--out", str(model), "--images", "50", "--steps", "2", "--threads", "1"]) == 0
     assert f"{model}: float" in capsys.readouterr().err
+    assert main(["export", out, "--out", str(model), "--images", "50", "--form", "float", "--threads", "1"]) == 0
+    assert f"{model}: float" in capsys.readouterr().err
+    assert main(["export", out, "--out", str(tmp_path / "a.nir"), "--to", "nir"]) == 0
+    assert "a.nir: 1 Input, " in capsys.readouterr().out
+    assert main(["export", out, "--out", str(model), "--to", "nir", "--form", "float"]) == 1
+    assert "leave it out with --to nir" in capsys.readouterr().err
     assert main(["export", out, "--out", str(model), "--steps", "7"]) == 1
     assert "no stage of 7 timesteps" in capsys.readouterr().err
     assert main([*train, "--seed", "1"]) == 1

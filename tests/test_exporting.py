@@ -1,6 +1,8 @@
 """Exported files: the network's spikes, in every runtime."""
 
 import json
+import re
+import sys
 
 import numpy as np
 import onnx
@@ -16,8 +18,10 @@ from tests.test_fusing import EACH, ONE
 from unitstep import exporting, nets, pretrained, to_spiking
 from unitstep.data import load_test
 from unitstep.exporting import to_onnx
-from unitstep.qdq import integer_model
+from unitstep.predicting import SHIPPED
+from unitstep.qdq import OPSET, integer_model
 from unitstep.quantizing import quantize
+from unitstep.rounding import rounded
 from unitstep.running import KEY, open_model
 
 IMAGES = torch.randint(256, (16, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -180,20 +184,98 @@ def test_pixels_with_a_mean_per_channel_meet_a_float_layer(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_a_file_that_is_not_the_network_is_not_written(tmp_path, monkeypatch):
-    def other(net, shape):
-        model = integer_model(net, shape)
-        bias = next(
-            tensor for tensor in model.graph.initializer if tensor.name.endswith("_bias") and tensor.data_type == 6
-        )
-        values = onnx.numpy_helper.to_array(bias) + 100_000
+@pytest.mark.parametrize(
+    ("form", "number", "message"),
+    [
+        ("int8", 0, "spike otherwise than here"),
+        ("int8", -1, "16 of 16 images have the same spikes as here and other logits"),
+        ("float", 0, "spike otherwise than here"),
+        ("float", -1, "16 of 16 images have the same spikes as here and other logits"),
+    ],
+)
+def test_a_file_that_is_not_the_network_is_not_written(form, number, message, tmp_path, monkeypatch):
+    """With another bias in its first or last layer."""
+    make = "integer_model" if form == "int8" else "_float_model"
+    usual = getattr(exporting, make)
+
+    def other(*arguments):
+        model = usual(*arguments)
+        bias = [tensor for tensor in model.graph.initializer if tensor.name.endswith("bias")][number]
+        values = onnx.numpy_helper.to_array(bias)
+        values = values + np.array(100_000 if values.dtype == np.int32 else 1, values.dtype)
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
         return model
 
-    monkeypatch.setattr(exporting, "integer_model", other)
-    with pytest.raises(ValueError, match="spike otherwise than here"):
-        to_onnx(spiking(*SMALL), tmp_path / "net.onnx", IMAGES)
+    monkeypatch.setattr(exporting, make, other)
+    with pytest.raises(ValueError, match=message):
+        to_onnx(spiking(*SMALL), tmp_path / "net.onnx", IMAGES, form=form)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_is_written_in_integers_or_refused_by_name(name, tmp_path):
+    cnn, images = build(name)
+    pixels = torch.randint(256, images[:8].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    snn = to_spiking(nn.Sequential(nets.Normalize((121,), (1 / 64,)), cnn.float()), pixels, steps=1, **ONE)
+    refused = ""
+    try:
+        parity = to_onnx(snn, tmp_path / "net.onnx", pixels)
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert re.search(r"no 8-bit form: \w+ \w+", refused)
+    else:
+        assert all(layer.differ == 0 for layer in parity.layers)
+
+
+class Joined(nn.Module):
+    """Spikes of two layers, next to each other, in the same weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalize = nets.Normalize((121,), (1 / 64,))
+        self.left, self.right, self.both = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(8, 8, 3)
+        self.readout = nn.Linear(512, 3)
+
+    def forward(self, x):
+        x = self.normalize(x)
+        x = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1)
+        return self.readout(torch.flatten(torch.relu(self.both(x)), 1))
+
+
+def test_layers_whose_weights_are_rounded_again_are_named(tmp_path):
+    """Heights of two layers, each with its threshold, are in the weights that see both, which are no multiples of one
+    unit then, though they were trained so."""
+    torch.manual_seed(0)
+    for cnn, again in ((nn.Sequential(nets.Normalize((121,), (1 / 64,)), *SMALL), ()), (Joined(), ("both",))):
+        snn = to_spiking(cnn, IMAGES, steps=1, **ONE)
+        plain = to_onnx(snn, tmp_path / "net.onnx", IMAGES).rounded
+        assert len(plain) == sum(isinstance(module, nn.Conv2d | nn.Linear) for module in cnn.modules())
+        for module in snn.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                q, unit = rounded(module.weight.detach())
+                module.weight.data = q * unit
+        assert to_onnx(snn, tmp_path / "net.onnx", IMAGES).rounded == again
+
+
+def test_openvino_gives_the_shipped_networks_logits():
+    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    (ours,), (theirs,) = (open_model(SHIPPED, runtime)(images) for runtime in ("onnxruntime", "openvino"))
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_other_images_than_the_models_are_refused(runtime):
+    model, images = open_model(SHIPPED, runtime), np.zeros((2, 3, 32, 32), np.uint8)
+    for wrong in (images[:, :1], images[0], images[..., :28], images.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"takes images \[N, 3, 32, 32\] in uint8, not \["):
+            model(wrong)
+
+
+def test_without_openvino_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ValueError, match=r'pip install "unitstep\[openvino\]"'):
+        open_model(SHIPPED, "openvino")
 
 
 def test_what_cannot_be_exported_says_so(tmp_path):
@@ -239,3 +321,6 @@ def test_the_file_says_what_it_is(tmp_path):
     assert told["input"] == [3, 12, 12]
     assert [output.name for output in model.graph.output] == ["logits"]
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert model.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 5
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", OPSET)]
+    assert model.ir_version == 7

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -104,6 +105,25 @@ def test_every_architecture_is_written_or_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="PixelShuffle"):
         to_nir(odd, tmp_path / "net.nir", IMAGES)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pools", ["mean", "sum"])
+def test_heights_that_meet_no_weights_are_written(pools, tmp_path):
+    """A network that ends in spikes: what they are worth, for each channel, is a node of its own."""
+    layers = [nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    snn = spiking(*layers, **EACH)
+    graph = to_nir(snn, tmp_path / "net.nir", IMAGES, pools=pools)
+    kinds = [type(node).__name__ for node in graph.nodes.values()]
+    assert kinds.count("Scale") == 1
+    conv, fire, scale = (
+        next(n for n in graph.nodes.values() if type(n).__name__ == k) for k in ("Conv2d", "IF", "Scale")
+    )
+    with torch.no_grad():
+        x = snn.get_submodule("_0")(IMAGES)
+        current = nn.functional.conv2d(x, torch.from_numpy(conv.weight), torch.from_numpy(conv.bias))
+        counts = (current > torch.from_numpy(fire.v_threshold)).float().mean((2, 3), keepdim=True)
+        given = counts * (100 if pools == "sum" else 1) * torch.from_numpy(scale.scale)
+        np.testing.assert_allclose(given.flatten(1), snn(IMAGES), rtol=1e-5)
 
 
 def test_a_sum_pool_at_the_end_is_refused(tmp_path):

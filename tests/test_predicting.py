@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+from ast import literal_eval
 
 import numpy as np
 import pytest
@@ -99,11 +100,26 @@ def test_prediction_needs_no_torch(model, tmp_path):
     code = (
         "import sys; from unitstep.cli import main; "
         f"assert main(['predict', {str(tmp_path)!r}, '--model', {str(model)!r}]) == 0; "
-        "print({name.split('.')[0] for name in sys.modules} & {'torch', 'datasets', 'safetensors'})"
+        "print({name.split('.')[0] for name in sys.modules} & {'torch', 'datasets', 'safetensors'}); "
+        "print(sorted(name for name in sys.modules if name.startswith('unitstep.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
+    *_, foreign, ours = done.stdout.splitlines()
+    assert foreign == "set()"
+    assert set(literal_eval(ours)) == {
+        f"unitstep.{name}" for name in ("cli", "pictures", "predicting", "recipes", "running")
+    }
     assert done.stdout.startswith(str(tmp_path / "a.png"))
+
+
+def test_without_a_model_it_is_the_one_that_comes_with_the_package(tmp_path, capsys):
+    Image.new("RGB", (320, 240), (90, 140, 230)).save(tmp_path / "sky.png")
+    lines = []
+    for runtime in ("onnxruntime", "openvino"):
+        assert main(["predict", str(tmp_path / "sky.png"), "--runtime", runtime, "--top", "10"]) == 0
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1]
+    assert all(name in lines[0] for name in open_model(SHIPPED).about["classes"])
 
 
 def test_the_shipped_network_knows_what_its_card_says(data_folder, tmp_path, capsys):

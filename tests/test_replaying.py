@@ -1,15 +1,22 @@
+import gc
+import os
+import signal
 import subprocess
 import sys
+import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import pytest
 import torch
 
 from unitstep import ladder, packed
-from unitstep.recipes import Stage, recipe
+from unitstep.ladder import Progress
+from unitstep.recipes import Recipe, Stage, recipe
 from unitstep.replaying import WARM_UP, Replayed
+from unitstep.runs import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -35,24 +42,64 @@ def test_a_replayed_computation_follows_its_inputs_its_state_and_the_seed() -> N
     assert calls == WARM_UP + 1
 
 
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adam-amsgrad"])
-def test_training_is_the_same_replayed_and_not(tmp_path: Path, optimizer: str) -> None:
+def recipe_for(folder: Path, optimizer: str) -> Recipe:
+    """CNN, T = 2 and T = 1, 27 steps each, on random images with something to learn."""
     images = torch.randint(256, (640, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(640) % 10
     images[torch.arange(640), 0, labels] = 255
     for split in ("train", "test"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        packed.write(tmp_path / "data", split, images, labels, [str(label) for label in range(10)])
+        (folder / "data").mkdir(exist_ok=True)
+        packed.write(folder / "data", split, images, labels, [str(label) for label in range(10)])
     stages = [Stage(None, 3, 0.02, "nesterov", 5e-4, batch=64, warmup=0.2)]
     for steps in (2, 1):
         stages.append(Stage(steps, 3, 1e-3, optimizer, 5e-4, batch=64, warmup=0.2, distillation=0.5))  # type: ignore[arg-type]
-    r = replace(recipe("fashion-mini"), data=str(tmp_path / "data"), stages=tuple(stages), dropout=0.2, whiten=True)
+    return replace(recipe("fashion-mini"), data=str(folder / "data"), stages=tuple(stages), dropout=0.2, whiten=True)
 
-    def losses(compile: Literal["on", "off"]) -> list[float]:
-        run = ladder.train(r, tmp_path / compile, device="cuda", precision="fp32", compile=compile)
-        return [row["loss"] for row in run.log]
 
-    assert losses("on") == pytest.approx(losses("off"), rel=2e-2)
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adam-amsgrad"])
+def test_training_is_the_same_replayed_and_not_and_resumed(
+    tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = recipe_for(tmp_path, optimizer)
+    calls, compute = list[str](), ladder._Fit._compute
+
+    def counted(fit: ladder._Fit, *batch: torch.Tensor) -> torch.Tensor:
+        calls.append(fit.stage.name)
+        return compute(fit, *batch)
+
+    monkeypatch.setattr(ladder._Fit, "_compute", counted)
+
+    def losses(folder: str, **options: Any) -> list[float]:
+        ladder.train(r, tmp_path / folder, device="cuda", precision="fp32", **options)
+        return [row["loss"] for row in Run(tmp_path / folder).log]
+
+    replayed = losses("on")
+    assert Counter(calls) == dict.fromkeys(("cnn", "t2", "t1"), WARM_UP + 1)
+    assert replayed == pytest.approx(losses("off", compile="off"), rel=2e-2)
+
+    def interrupt(progress: Progress) -> None:
+        if (progress.stage.name, progress.step) == ("t1", 13):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        losses("resumed", progress=interrupt)
+    assert losses("resumed") == pytest.approx(replayed, rel=2e-2)
+
+
+def test_a_finished_stage_leaves_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits, begin = list[weakref.ref[ladder._Fit]](), ladder._Fit.__init__
+
+    def noted(fit: ladder._Fit, *arguments: Any) -> None:
+        begin(fit, *arguments)
+        fits.append(weakref.ref(fit))
+
+    monkeypatch.setattr(ladder._Fit, "__init__", noted)
+    gc.disable()
+    try:
+        ladder.train(recipe_for(tmp_path, "adamw"), tmp_path / "run", device="cuda", precision="fp32")
+        assert [fit() for fit in fits] == [None] * 3
+    finally:
+        gc.enable()
 
 
 WAITS = """

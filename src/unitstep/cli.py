@@ -407,6 +407,8 @@ def _export(arguments: list[str]) -> int:
         _, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment)
         shown, labels = next(val.batches(images))
         if to == "nir":
+            if form != "auto":
+                raise ValueError(f"--form {form} is of ONNX files: leave it out with --to nir")
             from unitstep.neuromorphic import to_nir
 
             graph = to_nir(snn, out, shown, steps=steps, pools=pools)
@@ -427,7 +429,17 @@ def _export(arguments: list[str]) -> int:
             sys.stdout.write(f"{name} stays in floating point: {why}\n")
         if (lost := (parity.accuracy or 0) - (parity.file_accuracy or 0)) > 0.3:
             option = f"--stages.{len(r.stages) - 1}.weight_bits 8"
-            _say(f"8-bit weights cost {lost:.2f} points here: train with them ({option}), or take --form float")
+            if (r.thresholds, r.height) == ("channel-percentile", "threshold"):
+                option += " --thresholds percentile"
+            _say(
+                f"8-bit weights cost {lost:.2f} points here: take --form float, or train a new run with them: the same "
+                f"command as for {run}, another --out, and {option}"
+            )
+        if trained.recipe.stages[-1].weight_bits is not None and steps == 1 and parity.rounded:
+            _say(
+                f"{', '.join(parity.rounded)}: rounded once more, since inputs of several heights meet there, so that "
+                "the file is near to the trained network and not the same"
+            )
         _say(f"{out}: {parity.form}, {out.stat().st_size / 1e6:.2f} MB")
         return 0
 
@@ -479,9 +491,10 @@ def _predict(arguments: list[str]) -> int:
         paths = predicting.images_in(images)
         width, failed = max(len(str(path)) for path in paths), 0
         found = predicting.predict(paths, network, top=top)
-        shown = len(paths) > predicting.BATCH and sys.stderr.isatty() and not sys.stdout.isatty()
-        # the lines go to a file or a pipe while the bar shows: rich must not take them to its console
-        with Progress(console=Console(stderr=True), disable=not shown, redirect_stdout=False) as bar:
+        shown = len(paths) > predicting.BATCH and sys.stderr.isatty()
+        # lines that go to a file or a pipe while the bar shows must not be taken to its console, others must
+        here = sys.stdout.isatty()
+        with Progress(console=Console(stderr=not here), disable=not shown, redirect_stdout=here) as bar:
             for answer in bar.track(found, len(paths), description=""):
                 if answer.error is not None:
                     failed += 1

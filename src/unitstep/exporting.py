@@ -31,6 +31,7 @@ Form = Literal["int8", "float"]
 FLOAT_OPSET = 18
 INPUT = "images"  # name of the input in what PyTorch's exporter writes
 TIE = 1e-6  # how near its threshold a neuron is when rounding decides, relative to its layer's largest membrane
+LOGIT = 1e-4  # how much logits differ by rounding, at most, relative to the largest
 BATCH = 100  # images that are compared at a time
 
 
@@ -57,6 +58,8 @@ class Parity:
     """int8: against the network with its weights rounded to 8 bits."""
     logits: float = 0.0
     """The largest difference of a logit; int8: against the network with its weights rounded."""
+    unexplained: int = 0
+    """Images with the same spikes in all layers and logits that differ by more than rounding does."""
     changed: int = 0
     """Images for which the file predicts another class than the network; int8: with its weights as they were."""
     accuracy: float | None = None
@@ -64,6 +67,8 @@ class Parity:
     """Percent of the images; None without labels."""
     in_float: dict[str, str] = field(default_factory=dict)
     """int8: the layers that stay in floating point, and why."""
+    rounded: tuple[str, ...] = ()
+    """int8: the layers whose weights had to be rounded; none if the network was trained with weights of 8 bits."""
 
 
 def to_onnx(
@@ -85,7 +90,8 @@ def to_onnx(
 
     The file is only written if it is the network. int8: its spikes are those of the network whose weights are rounded,
     all of them. float: a spike that differs belongs to a neuron whose membrane is at its threshold to 1e-6 of the
-    layer's largest, or follows from one. Otherwise, and if an operation has no form in ONNX, raises ValueError.
+    layer's largest, or follows from one. Both: where all spikes are the same, logits are, to 1e-4 of the largest.
+    Otherwise, and if an operation has no form in ONNX, raises ValueError.
     """
     check_steps(steps)
     form = form or ("int8" if steps == 1 else "float")
@@ -108,6 +114,11 @@ def to_onnx(
         raise ValueError(
             f"not written: in ONNX Runtime {len(wild)} layers spike otherwise than here, first {wild[0]}, and no "
             "rounding explains it. Please report this network"
+        )
+    if parity.unexplained:
+        raise ValueError(
+            f"not written: in ONNX Runtime {parity.unexplained} of {len(images)} images have the same spikes as here "
+            f"and other logits, by up to {parity.logits:.2g}. Please report this network"
         )
     told |= {"accuracy": parity.file_accuracy, "accuracy_images": parity.images}
     onnx.helper.set_model_props(model, {KEY: json.dumps(told)})
@@ -186,7 +197,9 @@ def _compare(
             layer.neurons, layer.differ = differ.shape[2], layer.differ + int(differ.sum())
             layer.unexplained += int(((differ & ~undecided.flatten(2)).any(2) & ~earlier).sum())
             before |= since
-        parity.logits = max(parity.logits, (logits - wanted).abs().max().item())
+        apart = (logits - wanted).abs().amax(1)
+        parity.logits = max(parity.logits, apart.max().item())
+        parity.unexplained += int((~before.any(0) & ~(apart <= LOGIT * wanted.abs().max())).sum())
         parity.changed += int((logits.argmax(1) != expected.argmax(1)).sum())
         if labels is not None:
             right += int((expected.argmax(1) == labels[start : start + BATCH]).sum())
@@ -194,7 +207,9 @@ def _compare(
     if labels is not None:
         parity.accuracy, parity.file_accuracy = 100 * right / len(images), 100 * file_right / len(images)
     if rounded is not None:
-        parity.in_float = {node.name: node.meta["float"] for node in rounded.graph.nodes if "float" in node.meta}
+        nodes = rounded.graph.nodes
+        parity.in_float = {node.name: node.meta["float"] for node in nodes if "float" in node.meta}
+        parity.rounded = tuple(node.name for node in nodes if node.meta.get("rounded"))
     return parity
 
 

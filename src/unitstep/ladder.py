@@ -56,7 +56,7 @@ class Progress:
     """Optimiser steps of the stage: done so far, and in all."""
     loss: float | None = None
     best: float | None = None
-    """Percent of the validation images, with the best weights so far."""
+    """Percent of the validation images, with the weights that would be kept: the best or the last so far."""
     seconds: float = 0.0
     done: bool = False
     """The stage is finished and its weights are written."""
@@ -142,6 +142,7 @@ def train(
                 )
                 with compiled(_pays(compile, fit.net, stage, train_split, where)):
                     finished = fit.climb(stop)
+                del fit.replayed, fit  # which hold each other, and the GPU's memory
                 if not finished or (index + 1 < len(recipe.stages) and stop()):
                     if interrupted.is_set():
                         raise KeyboardInterrupt
@@ -260,7 +261,8 @@ def load_weights_(net: nn.Module, path: str | Path) -> None:
 
 
 def calibration_images(recipe: Recipe, split: Split) -> Tensor:
-    """The augmented training images, uint8 [B, C, H, W], that the recipe's thresholds are found on."""
+    """The augmented training images, uint8 [B, C, H, W], that the recipe's thresholds are found on. Without cutout,
+    which hides a part of the currents."""
     size = min(recipe.calibration_images, len(split))
     batches = split.batches(
         size, seed=mix(recipe.seed, 1, -1), augment=recipe.augment, padding=recipe.padding, border=recipe.border
@@ -269,7 +271,7 @@ def calibration_images(recipe: Recipe, split: Split) -> Tensor:
 
 
 class _Fit:
-    """One stage in training: network, optimiser, position, best weights so far."""
+    """One stage in training: network, optimiser, position, weights to be kept so far (`best`)."""
 
     def __init__(
         self,
@@ -484,7 +486,7 @@ class _Fit:
         self.progress(Progress(self.index, self.stage, self.step, self.total, loss, best, self.seconds, done))
 
     def _save_state(self) -> None:
-        """Everything that the next step depends on, in one file: weights, optimiser, position, best weights so far."""
+        """Everything that the next step depends on, in one file: weights, optimiser, position, weights to be kept."""
         self._check_finite()
         tensors = {f"model.{name}": tensor for name, tensor in self.net.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}

@@ -9,6 +9,7 @@ Other libraries read one threshold for a whole layer only, so the weights and bi
 threshold, and all neurons fire above 1.
 """
 
+import io
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from unitstep.conversion import Spiking
-from unitstep.fusing import Fire, Scale, kind_of, module_of, values
+from unitstep.files import write_whole
+from unitstep.fusing import Fire, Scale, kind_of, module_of, per_channel, values
 from unitstep.nets import Normalize
 from unitstep.quantizing import divides_by_window, flattens, pair
 
@@ -49,7 +51,9 @@ def to_nir(
     ShapeProp(net).propagate(images[:1].cpu())
     writer = _Writer(net, nir, pools == "sum")
     graph = writer.run()
-    nir.write(str(path), graph)
+    content = io.BytesIO()
+    nir.write(content, graph)
+    write_whole(Path(path), content.getvalue())
     return graph
 
 
@@ -98,9 +102,6 @@ class _Writer:
     def _operation(self, node: fx.Node, module: Any) -> bool:
         """Write one operation; False if there is no form of it."""
         source = node.all_input_nodes[0]
-        if isinstance(module, Scale):  # only where spikes meet an addition
-            self.names[node] = self.names[source]
-            return True
         if len(values(node)) > 1:
             return False
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -109,6 +110,12 @@ class _Writer:
             if not isinstance(module_of(self.net, source), nn.Conv2d | nn.Linear) or len(source.users) > 1:
                 return False
             self._fire(node.name, _shape(node), 1.0, source)
+        elif isinstance(module, Scale):
+            factor = per_channel(module.factor / self._window(source), len(_shape(node)) + 1)
+            self._add(node.name, self.nir.Scale(np.broadcast_to(factor.numpy(), (1, *_shape(node)))[0].copy()), source)
+        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+            height, width = map(int, _shape(source)[1:])
+            self._add(node.name, self._pool(nn.AvgPool2d((height, width))), source)
         elif isinstance(module, nn.AvgPool2d):
             if not divides_by_window(module):
                 return False

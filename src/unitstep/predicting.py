@@ -50,6 +50,8 @@ def predict(paths: Iterable[Path], model: Model, *, top: int = 5) -> Iterator[Pr
     if about.get("pixels") != "uint8" or len(about.get("input", ())) != 3:
         raise ValueError("this model does not take raw pixels, so images cannot be made into its input")
     channels, size, _ = about["input"]
+    if channels not in (1, 3):
+        raise ValueError(f"this model takes images of {channels} channels, but image files have 1, grey, or 3, colours")
     short, names = about.get("short", size), about.get("classes")
     waiting: list[tuple[Path, Pixels | str]] = []
 

@@ -234,8 +234,9 @@ def integer_model(net: fx.GraphModule, shape: Sequence[int]) -> onnx.ModelProto:
         )
     write, nodes = integer.writer, net.graph.nodes
     given = next(node.name for node in nodes if node.op == "placeholder")
+    classes = next(node for node in nodes if node.op == "output").args[0].meta["tensor_meta"].shape[1]
     inputs = [helper.make_tensor_value_info(given, TensorProto.UINT8, ["N", *shape])]
-    outputs = [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["N", None])]
+    outputs = [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["N", classes])]
     for node in nodes:
         if isinstance(module_of(net, node), Fire):
             sizes = ["N", *node.meta["tensor_meta"].shape[1:]]

@@ -95,7 +95,8 @@ def quantize(fused: fx.GraphModule, images: Tensor, *, bits: int = 8) -> fx.Grap
     images: uint8 [B, C, H, W], of which only the shape matters.  bits: of a weight, 2 to 8; weights that
     were trained in fewer keep those. A copy, whose layers in
     integers have whole numbers as weights, and neurons with a threshold at a half for each channel. Where a layer
-    cannot be in integers, `node.meta["float"]` of its operation says why; the others have `node.meta["integer"]`.
+    cannot be in integers, `node.meta["float"]` of its operation says why; the others have `node.meta["integer"]`, and
+    `node.meta["rounded"]`, whether their weights had to be rounded.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"weights can have 2 to 8 bits, not {bits}")
@@ -204,6 +205,7 @@ class _Quantization:
         scale_inputs_(layer, given.unit)
         node.meta["integer"] = True
         q, unit, as_trained = _on_grid(layer.weight.detach().double(), self.bits)
+        node.meta["rounded"] = not as_trained
         factor = unit.flatten()
         bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.detach().double()
         layer.weight, layer.bias = nn.Parameter(q.float(), requires_grad=False), None

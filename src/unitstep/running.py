@@ -18,14 +18,20 @@ KEY = "unitstep"  # of the metadata
 class Model:
     """An exported network: `model(images)` gives its outputs, the logits first.
 
-    images: [N, C, H, W] in the type that the file asks for, uint8 of raw pixels if it is in integers. `about` is what
-    the file says of itself: recipe, steps, classes, …
+    images: [N, C, H, W] in the type that the file asks for, uint8 of raw pixels if it is in integers; ValueError for
+    others. `about` is what the file says of itself: recipe, steps, classes, …
     """
 
     def __init__(self, run: Run, about: dict[str, Any]) -> None:
         self._run, self.about = run, about
 
     def __call__(self, images: Array) -> list[Array]:
+        shape, kind = list(self.about.get("input", images.shape[1:])), self.about.get("pixels", str(images.dtype))
+        if [*images.shape[1:]] != shape or str(images.dtype) != kind:
+            raise ValueError(
+                f"this model takes images [N, {', '.join(map(str, shape))}] in {kind}, not {list(images.shape)} in "
+                f"{images.dtype}"
+            )
         return self._run(images)
 
 
@@ -46,7 +52,8 @@ def open_model(source: str | Path | bytes, runtime: Runtime = "onnxruntime", *, 
         about = json.loads({entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}[KEY])
         run = _onnxruntime(content, threads) if runtime == "onnxruntime" else _openvino(content, threads)
     except ImportError as error:
-        raise ValueError(f'{runtime} is not installed here ({error}): pip install "unitstep[{runtime}]"') from error
+        extra = "unitstep[openvino]" if runtime == "openvino" else "unitstep"
+        raise ValueError(f'{runtime} is not installed here ({error}): pip install "{extra}"') from error
     except (KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{name} is an ONNX file, but not one that unitstep exported") from error
     except Exception as error:  # each library has its own
