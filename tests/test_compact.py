@@ -55,11 +55,15 @@ def test_the_list_of_gpu_runs(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "RUNS", {"small": small(1)})
     monkeypatch.setattr(gpu, "PART_BYTES", 10_000)
     arguments = ["gpu.py", "--data", tmp_path / "data", "--work", tmp_path / "work", "--out", tmp_path / "out"]
-    for minutes in ("0.0001", "10"):
-        monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--device", "cpu", "--minutes", minutes])
+    for more in (["--minutes", "0.0001"], [], ["--weights", "small", "small"]):
+        monkeypatch.setattr(sys, "argv", [*map(str, arguments), "--device", "cpu", *more])
         gpu.main()
+        assert list((tmp_path / "out").glob("*.safetensors.*")) == [] or more
     assert capsys.readouterr().out.startswith("small: 0 of 2 stages\nsmall: 2 of 2 stages")
-    assert read_json(tmp_path / "out" / "small.json")["stages"][-1]["steps"] == 1
+    found = read_json(tmp_path / "out" / "small.json")
+    assert found["stages"][-1]["steps"] == 1
+    assert [row["name"] for row in found["log"]] == ["cnn", "t1"]
+    assert found["data"]["source"] == "fashion-mini"
     parts = sorted((tmp_path / "out").glob("small.safetensors.*"), key=lambda path: int(path.suffix[1:]))
     assert len(parts) > 1
     (tmp_path / "whole").write_bytes(b"".join(part.read_bytes() for part in parts))

@@ -119,7 +119,7 @@ def test_heights_that_meet_no_weights_are_written(pools, tmp_path):
         next(n for n in graph.nodes.values() if type(n).__name__ == k) for k in ("Conv2d", "IF", "Scale")
     )
     with torch.no_grad():
-        x = snn.get_submodule("_0")(IMAGES)
+        x = nets.Normalize((121,), (1 / 64,))(IMAGES)
         current = nn.functional.conv2d(x, torch.from_numpy(conv.weight), torch.from_numpy(conv.bias))
         counts = (current > torch.from_numpy(fire.v_threshold)).float().mean((2, 3), keepdim=True)
         given = counts * (100 if pools == "sum" else 1) * torch.from_numpy(scale.scale)
