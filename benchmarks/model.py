@@ -18,7 +18,7 @@ from unitstep.data import load_test, load_train
 from unitstep.exporting import describe, to_onnx
 from unitstep.files import read_json, write_whole
 from unitstep.measurement import Measurement, measure, wilson
-from unitstep.recipes import recipe_from_dict, without_folder
+from unitstep.recipes import RECIPES, Recipe, recipe_from_dict, without_folder
 from unitstep.running import open_model
 from unitstep.runs import Run
 
@@ -57,11 +57,17 @@ def card(name: str, measured: dict[str, Any], found: Measurement, right: int) ->
         high=wilson(right, found.images)[1], onnx_bytes=(MODELS / f"{name}-int8.onnx").stat().st_size,
         chosen=", on which it was chosen" if r.stages[-1].keep == "best" else "",
         before=last["test_accuracy"], val=last["val_accuracy"], rate=rate, spikes=rate * neurons, neurons=neurons,
-        recipe=r.name, net=r.net, seed=r.seed, seconds=sum(stage["seconds"] for stage in measured["stages"]),
+        recipe=_shipped_as(r), net=r.net, seed=r.seed, seconds=sum(stage["seconds"] for stage in measured["stages"]),
         where=machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads", precision=trained["precision"],
         commit=trained["commit"], torch=trained["versions"]["torch"],
         bytes=(MODELS / f"{name}.safetensors").stat().st_size,
     )  # fmt: skip
+
+
+def _shipped_as(r: Recipe) -> str:
+    """The name of the shipped recipe that `r` is but for data and seed; its own if there is none."""
+    same = (name for name, shipped in RECIPES.items() if replace(shipped, name=r.name, data=r.data, seed=r.seed) == r)
+    return next(same, r.name)
 
 
 def main() -> None:
