@@ -142,6 +142,15 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+class _Changes(NamedTuple):
+    """How images are changed at random: the arguments of `Split.batches`."""
+
+    augment: str
+    padding: int
+    border: str
+    cutout: int
+
+
 class Split(ABC):
     """The labelled images of one split, and how batches of them are made. Abstract: `InMemory` or `Streamed`.
 
@@ -203,7 +212,7 @@ class Split(ABC):
         batches = order.split(size)
         if not 0 <= start <= len(batches):
             raise ValueError(f"start={start} is not a batch of this pass: give 0 to {len(batches)}")
-        return self._read(batches[start:], seed, start, augment, padding, border, cutout)
+        return self._read(batches[start:], seed, start, _Changes(augment, padding, border, cutout))
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Split:
@@ -211,14 +220,7 @@ class Split(ABC):
 
     @abstractmethod
     def _read(
-        self,
-        batches: Sequence[Tensor],
-        seed: int | None,
-        start: int,
-        augment: str,
-        padding: int,
-        border: str,
-        cutout: int,
+        self, batches: Sequence[Tensor], seed: int | None, start: int, changes: _Changes
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images at each of `batches` (int64 [B], positions in the split; the first is batch `start`)."""
 
@@ -262,34 +264,27 @@ class InMemory(Split):
         return InMemory(images, labels, self.classes, fill=self.fill, skipped=self.skipped)
 
     def _read(
-        self,
-        batches: Sequence[Tensor],
-        seed: int | None,
-        start: int,
-        augment: str,
-        padding: int,
-        border: str,
-        cutout: int,
+        self, batches: Sequence[Tensor], seed: int | None, start: int, changes: _Changes
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        if augment == "resized-crop-flip":
-            raise ValueError(f"images in memory have no {augment!r}: load the set with augment={augment!r}")
+        if changes.augment == "resized-crop-flip":
+            raise ValueError(
+                f"images in memory have no {changes.augment!r}: load the set with augment={changes.augment!r}"
+            )
         if not batches:
             return iter(())
         order = torch.cat(list(batches)).to(self.images.device)  # at once: a copy per batch would wait for the device
         rows = order.split(len(batches[0]))
-        return (self._batch(those, seed, k, augment, padding, border, cutout) for k, those in enumerate(rows, start))
+        return (self._batch(those, seed, k, changes) for k, those in enumerate(rows, start))
 
-    def _batch(
-        self, rows: Tensor, seed: int | None, position: int, augment: str, padding: int, border: str, cutout: int
-    ) -> tuple[Tensor, Tensor]:
+    def _batch(self, rows: Tensor, seed: int | None, position: int, changes: _Changes) -> tuple[Tensor, Tensor]:
         images = self.images[rows]
-        if seed is not None and augment != "none":
-            by = padding if augment == "crop-flip" else 0
-            fill = self.fill if border == "mean" else None
+        if seed is not None and changes.augment != "none":
+            by = changes.padding if changes.augment == "crop-flip" else 0
+            fill = self.fill if changes.border == "mean" else None
             generator = _generator(seed, position)
             images = _shift_and_flip(images, by, fill, generator)
-            if cutout:
-                images = _cut_out(images, cutout, self.fill, generator)
+            if changes.cutout:
+                images = _cut_out(images, changes.cutout, self.fill, generator)
         return images, self.labels[rows]
 
 
@@ -334,18 +329,11 @@ class Streamed(Split):
         )
 
     def _read(
-        self,
-        batches: Sequence[Tensor],
-        seed: int | None,
-        start: int,
-        augment: str,
-        padding: int,
-        border: str,
-        cutout: int,
+        self, batches: Sequence[Tensor], seed: int | None, start: int, changes: _Changes
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        if cutout:
+        if changes.cutout:
             raise ValueError("images that are streamed have no cutout: set it to 0")
-        jobs = (_Job(self._rows[positions].tolist(), seed, augment) for positions in batches)
+        jobs = (_Job(self._rows[positions].tolist(), seed, changes.augment) for positions in batches)
         pin = self._device.type == "cuda"
         decoded = _decode_all(self._reader, jobs, min(self._workers, len(batches)), pin)
         for positions, (images, bad) in zip(batches, decoded, strict=True):
