@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from unitstep import exporting
 from unitstep.cli import main
+from unitstep.exporting import to_onnx
 from unitstep.recipes import RECIPES
 
 TINY = [part for i in range(6) for part in (f"--stages.{i}.epochs", "0.02")]
@@ -39,6 +42,19 @@ def test_train_measure_and_the_errors_between(tmp_path, capsys):
     assert "50 validation images in ONNX Runtime" in printed.out
     assert len(re.findall(r"relu\d +\d+ +0 of \d+", printed.out)) == 4
     assert f"{model}: int8" in printed.err
+    assert "8-bit weights cost" not in printed.err
+
+    def worse(*arguments, **options):
+        parity = to_onnx(*arguments, **options)
+        return replace(parity, accuracy=parity.file_accuracy + 0.31, rounded=("conv1",))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "to_onnx", worse)
+        assert main(["export", out, "--out", str(model), "--images", "50", "--threads", "1"]) == 0
+    said = capsys.readouterr().err
+    assert "8-bit weights cost 0.31 points here: take --form float, or train a new run" in said
+    assert "--stages.5.weight_bits 8" in said
+    assert "conv1: rounded once more" in said
     assert main(["export", out, "--out", str(model), "--images", "50", "--steps", "2", "--threads", "1"]) == 0
     assert f"{model}: float" in capsys.readouterr().err
     assert main(["export", out, "--out", str(model), "--images", "50", "--form", "float", "--threads", "1"]) == 0
