@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import measured
 from unitstep.compact import MODELS, load_compact, save_compact
 from unitstep.data import load_test, load_train
 from unitstep.exporting import describe, to_onnx
-from unitstep.files import read_json, write_whole
+from unitstep.files import write_whole
 from unitstep.measurement import Measurement, measure, wilson
 from unitstep.recipes import RECIPES, Recipe, recipe_from_dict, without_folder
 from unitstep.running import open_model
@@ -44,12 +45,12 @@ probabilities. On images that were made or cut out in another way than those it 
 """
 
 
-def card(name: str, measured: dict[str, Any], found: Measurement, right: int) -> str:
-    """Of the network `name`; measured: the measure.json of its run; found: what its rounded form does on the test
+def card(name: str, of_run: dict[str, Any], found: Measurement, right: int) -> str:
+    """Of the network `name`; of_run: the measure.json of its run; found: what its rounded form does on the test
     images; right: how many of them the integer file gets right."""
-    r, last, trained = recipe_from_dict(measured["recipe"]), measured["stages"][-1], measured["trained"]
+    r, last, trained = recipe_from_dict(of_run["recipe"]), of_run["stages"][-1], of_run["trained"]
     neurons, rate = sum(layer.neurons for layer in found.layers), found.spikes_per_neuron or 0.0
-    machine, classes = trained["machine"], measured["data"]["classes"]
+    machine, classes = trained["machine"], of_run["data"]["classes"]
     return CARD.format(
         name=name, data=without_folder(r).data, channels=r.channels, size=r.size, classes=len(classes),
         names=", ".join(classes),
@@ -57,7 +58,7 @@ def card(name: str, measured: dict[str, Any], found: Measurement, right: int) ->
         high=wilson(right, found.images)[1], onnx_bytes=(MODELS / f"{name}-int8.onnx").stat().st_size,
         chosen=", on which it was chosen" if r.stages[-1].keep == "best" else "",
         before=last["test_accuracy"], val=last["val_accuracy"], rate=rate, spikes=rate * neurons, neurons=neurons,
-        recipe=_shipped_as(r), net=r.net, seed=r.seed, seconds=sum(stage["seconds"] for stage in measured["stages"]),
+        recipe=_shipped_as(r), net=r.net, seed=r.seed, seconds=sum(stage["seconds"] for stage in of_run["stages"]),
         where=machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads", precision=trained["precision"],
         commit=trained["commit"], torch=trained["versions"]["torch"],
         bytes=(MODELS / f"{name}.safetensors").stat().st_size,
@@ -76,10 +77,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", help="where the images are, if not where they were")
     options = parser.parse_args()
-    if options.run.is_dir() and Run(options.run).measurement is None:
-        raise ValueError(f"{options.run} has no measure.json: unitstep measure {options.run}")
-    measured = read_json(options.run / "measure.json" if options.run.is_dir() else options.run)
-    if measured["stages"][-1]["steps"] != 1:
+    found = measured(options.run)
+    if found["stages"][-1]["steps"] != 1:
         raise ValueError(f"{options.run} does not end at T = 1: unitstep train goes on with it")
     path = MODELS / f"{options.name}.safetensors"
     MODELS.mkdir(exist_ok=True)
@@ -87,7 +86,7 @@ def main() -> None:
         save_compact(Run(options.run), path)
     else:
         write_whole(path, options.run.with_suffix(".safetensors").read_bytes())
-    r, net = recipe_from_dict(measured["recipe"]), load_compact(path)
+    r, net = recipe_from_dict(found["recipe"]), load_compact(path)
     r = replace(r, data=options.data or r.data)
     _, val = load_train(r.data, size=r.size, channels=r.channels, augment=r.augment)
     images, labels = next(val.batches(1000))
@@ -95,7 +94,7 @@ def main() -> None:
     test = load_test(r.data, size=r.size, channels=r.channels, augment=r.augment)
     model = open_model(MODELS / f"{options.name}-int8.onnx")
     right = sum(int((model(x.numpy())[0].argmax(1) == y.numpy()).sum()) for x, y in test.batches(500))
-    text = card(options.name, measured, measure(net, test, steps=1), right)
+    text = card(options.name, found, measure(net, test, steps=1), right)
     path.with_suffix(".md").write_text(text)
     print(text)
 

@@ -21,13 +21,19 @@ from unitstep.tables import markdown
 RECORDS = Path(__file__).parent / "records"
 
 
+def measured(path: Path) -> dict[str, Any]:
+    """What `unitstep measure` wrote: of a run folder, or the file itself. ValueError if the run is not measured."""
+    found = Run(path).measurement if path.is_dir() else read_json(path)
+    if found is None:
+        raise ValueError(f"{path} has no measure.json: unitstep measure {path}")
+    return found
+
+
 def record(paths: list[Path]) -> dict[str, Any]:
     """Runs of one recipe → one record. ValueError if one is not measured or recipes differ in more than the seed."""
-    measured, recipes = [], list[Recipe]()
+    runs, recipes = [], list[Recipe]()
     for path in paths:
-        found = Run(path).measurement if path.is_dir() else read_json(path)
-        if found is None:
-            raise ValueError(f"{path} has no measure.json: unitstep measure {path}")
+        found = measured(path)
         recipes.append(recipe_from_dict(found["recipe"]))
         # another machine has its images elsewhere
         first, this = (replace(without_folder(r), seed=0) for r in (recipes[0], recipes[-1]))
@@ -35,9 +41,9 @@ def record(paths: list[Path]) -> dict[str, Any]:
             raise ValueError(f"{path} has another recipe than {paths[0]}: {'; '.join(changes)}")
         # a record names the data set, not the folder where it lay
         found["recipe"]["data"] = found["data"]["source"] = this.data
-        measured.append(found)
+        runs.append(found)
     stages = []
-    for rows in zip(*(found["stages"] for found in measured), strict=True):
+    for rows in zip(*(found["stages"] for found in runs), strict=True):
         summary: dict[str, Any] = {"name": rows[0]["name"], "steps": rows[0]["steps"], "n": len(rows)}
         for key in ("val_accuracy", "test_accuracy", "spikes_per_neuron", "seconds"):
             values = [row[key] for row in rows if row[key] is not None]
@@ -48,7 +54,7 @@ def record(paths: list[Path]) -> dict[str, Any]:
                     "values": values,
                 }
         stages.append(summary)
-    return {"schema": 1, "n": len(paths), "seeds": [r.seed for r in recipes], "stages": stages, "runs": measured}
+    return {"schema": 1, "n": len(paths), "seeds": [r.seed for r in recipes], "stages": stages, "runs": runs}
 
 
 def table(found: dict[str, Any]) -> str:

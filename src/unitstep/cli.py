@@ -429,16 +429,16 @@ def _export(arguments: list[str]) -> int:
             sys.stdout.write(f"{name} stays in floating point: {why}\n")
         if (lost := (parity.accuracy or 0) - (parity.file_accuracy or 0)) > 0.3:
             option = f"--stages.{len(r.stages) - 1}.weight_bits 8"
-            if (r.thresholds, r.height) == ("channel-percentile", "threshold"):
+            if r.heights_per_channel:
                 option += " --thresholds percentile"
             _say(
                 f"8-bit weights cost {lost:.2f} points here: take --form float, or train a new run with them: the same "
                 f"command as for {run}, another --out, and {option}"
             )
-        if trained.recipe.stages[-1].weight_bits is not None and steps == 1 and parity.rounded:
+        if r.stages[-1].weight_bits is not None and parity.rounded:
             _say(
-                f"{', '.join(parity.rounded)}: rounded once more, since inputs of several heights meet there, so that "
-                "the file is near to the trained network and not the same"
+                f"{', '.join(parity.rounded)}: rounded once more, since factors of single inputs are in these weights, "
+                "so that the file is near to the trained network and not the same"
             )
         _say(f"{out}: {parity.form}, {out.stat().st_size / 1e6:.2f} MB")
         return 0

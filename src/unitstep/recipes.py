@@ -172,8 +172,7 @@ class Recipe:
             raise ValueError("the first stage of a recipe, and no other, is the CNN (steps None)")
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ValueError("two stages have the same number of steps; every rung of the ladder needs its own")
-        heights = (self.thresholds, self.height) == ("channel-percentile", "threshold")  # one for each channel
-        if heights and any(stage.weight_bits for stage in self.stages):
+        if self.heights_per_channel and any(stage.weight_bits for stage in self.stages):
             raise ValueError(
                 "weights cannot be rounded as they are exported (weight_bits) where spikes of each channel have a "
                 "height of their own: choose other thresholds than channel-percentile, or the height unit"
@@ -186,6 +185,11 @@ class Recipe:
             raise ValueError(f"cutout goes with augment flip or crop-flip, not {self.augment}: set it to 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to 1, not {self.dropout}")
+
+    @property
+    def heights_per_channel(self) -> bool:
+        """Whether a spike of each channel is worth something of its own."""
+        return (self.thresholds, self.height) == ("channel-percentile", "threshold")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, ready for JSON."""

@@ -1,7 +1,7 @@
 """A computation on a GPU that is recorded once and replayed from then on. Knows nothing of networks or training.
 
-A step of training launches a few hundred kernels, many of which run for microseconds, and Python needs longer to launch
-them than the GPU to run them. A CUDA graph holds all of them and is launched at once.
+A step of training launches a few hundred kernels, many of which run for microseconds, which launching them from Python
+can take, too. A CUDA graph holds all of them and is launched at once.
 """
 
 from collections.abc import Callable
