@@ -1,5 +1,5 @@
-"""Conversion against an independent simulation that runs the user's own forward once per timestep: whole architectures,
-and each operation that converts; and what is refused, with the line that calls it."""
+"""Conversion, and fusing, against an independent simulation that runs the user's own forward once per timestep: whole
+architectures, and each operation that converts; and what is refused, with the line that calls it."""
 
 import copy
 import importlib
@@ -43,6 +43,7 @@ def agrees(snn: Spiking, cnn: Callable[[Tensor], Tensor], images: Tensor, after:
         expected = expected if after is None else after(expected)
         assert logits.shape == expected.shape
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(snn.fuse(images, steps)(images), logits, rtol=0, atol=1e-9)
 
 
 # -------------------------------------------------------------------------------------------------- whole architectures

@@ -11,6 +11,7 @@ from unitstep import benching
 pytest.importorskip("openvino", reason="bench deploy needs openvino (the bench extra)")
 pytest.importorskip("snntorch", reason="bench deploy needs snntorch (the bench extra)")
 pytest.importorskip("spikingjelly", reason="bench deploy needs spikingjelly, installed with --no-deps")
+pytest.importorskip("norse", reason="bench deploy needs norse, installed with --no-deps")
 
 
 SMALL = """
@@ -26,7 +27,7 @@ def test_all_contenders_run():
     done = subprocess.run([sys.executable, "-c", SMALL], capture_output=True, text=True, check=True)
     record = json.loads(done.stdout.splitlines()[-1])
     names = [row["name"] for row in record["speeds"]]
-    assert len(names) == len(set(names)) == 13
+    assert len(names) == len(set(names)) == 15
     assert all(row["median"] > 0 for row in record["speeds"])
     assert record["bytes"]["snn-int8.onnx"] < 0.5 * record["bytes"]["cnn.onnx"]
     assert set(record["versions"]) == set(benching.LIBRARIES)

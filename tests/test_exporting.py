@@ -100,7 +100,7 @@ def test_in_every_runtime_a_random_integer_network_has_the_same_spikes(blocks, s
         return
     images = torch.randint(256, (8, 4, size, size), dtype=torch.uint8)
     options = EACH if seed % 2 else ONE
-    net = quantize(to_spiking(cnn, images, steps=1, **options).fuse(), images)
+    net = quantize(to_spiking(cnn, images, steps=1, **options).fuse(images))
     wanted, spikes = exporting._rounded_spikes(net, images)
     model = integer_model(net, images.shape[1:])
     onnx.checker.check_model(model, full_check=True)

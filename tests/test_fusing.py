@@ -25,7 +25,7 @@ CAPPED = {name for name in ARCHITECTURES if any(isinstance(module, nn.ReLU6) for
 
 def agrees(snn, images, steps):
     """All spikes are the same, except of neurons within 1e-6 of their threshold, and so are the logits."""
-    fused = snn.fuse(steps)
+    fused = snn.fuse(images, steps)
     seen = {}
     for name, module in fused.named_modules():
         if isinstance(module, Fire):
@@ -56,7 +56,7 @@ def test_a_fused_architecture_is_the_same_function(name, options):
 def test_of_a_vgg_convolutions_and_comparisons_remain(options):
     cnn = nets.build("vgg-mini", classes=10)
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    fused = to_spiking(cnn, images, steps=1, **options).fuse()
+    fused = to_spiking(cnn, images, steps=1, **options).fuse(images)
     kinds = [type(module) for module in fused.children()]
     assert set(kinds) == {nets.Normalize, nn.Conv2d, Fire, nn.AvgPool2d, nn.Flatten, nn.Linear}
     assert all(bool((module.height == 1).all()) for module in fused.children() if isinstance(module, Fire))
@@ -64,7 +64,7 @@ def test_of_a_vgg_convolutions_and_comparisons_remain(options):
 
 def test_torch_can_export_it():
     cnn, images = build("vgg")
-    fused = to_spiking(cnn, images, steps=1, **ONE).fuse()
+    fused = to_spiking(cnn, images, steps=1, **ONE).fuse(images)
     batch = torch.export.Dim("batch", min=1)
     exported = torch.export.export(fused, (images,), dynamic_shapes=({0: batch},))
     for number in (1, len(images)):

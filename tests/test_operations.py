@@ -127,7 +127,7 @@ def test_additions_are_those_of_spikes_that_walk(kind, draw, steps):
     for parameter in cnn.parameters():
         nn.init.normal_(parameter)
     snn = to_spiking(cnn, images, steps=steps, percentile=60, initial=0.5)
-    found = operations(snn.fuse(), images[:1])
+    found = operations(snn.fuse(images), images[:1])
     _, spikes = simulate(cnn, images, [lif.threshold for lif in snn.lifs.values()], steps=steps, initial=0.5)
     walked = Counter()
     for step, image in product(range(steps), range(2)):
@@ -141,7 +141,7 @@ def test_additions_are_those_of_spikes_that_walk(kind, draw, steps):
 @pytest.mark.parametrize(("name", "macs"), [("vgg6", 108_765_184), ("vgg16", 338_403_328), ("resnet20", 215_699_456)])
 def test_multiplications_are_those_of_the_paper(name, macs):
     cnn, images = nets.build(name, classes=10), torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
-    found = operations(to_spiking(cnn.eval(), images, steps=1, percentile=90).fuse(), images)
+    found = operations(to_spiking(cnn.eval(), images, steps=1, percentile=90).fuse(images), images)
     assert sum(operation.macs for operation in found) == macs
     assert sum(operation.macs for operation in operations(trace(cnn), images)) == macs
     assert [operation.input for operation in found].count("analog") == 1
@@ -154,7 +154,7 @@ def test_all_layers_of_an_architecture_are_found(name):
     with FlopCounterMode(display=False) as counter:
         cnn(images[:1])
     snn = to_spiking(cnn, images, steps=1, approximate=True)
-    found = operations(snn.fuse(), images[:1])
+    found = operations(snn.fuse(images), images[:1])
     assert sum(operation.macs for operation in found) == counter.get_total_flops() // 2
     for operation in found:
         if operation.input == "analog":

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from unitstep import nets
 from unitstep.calibration import to_spiking
 from unitstep.exporting import INPUT, onnx_of, to_onnx
-from unitstep.peers import installed
+from unitstep.peers import PEERS, installed
 from unitstep.running import Model, open_model
-from unitstep.runs import machine
+from unitstep.runs import provenance
 from unitstep.timing import race
 
 NET, CLASSES, SIZE = "vgg16-conv", 10, 32
 BATCHES, ROUNDS, SECONDS = (1, 64), 9, 0.5  # images at a time; rounds over all; seconds for each in a round
-LIBRARIES = ("torch", "onnx", "onnxruntime", "openvino", "snntorch", "spikingjelly", "unitstep")
+LIBRARIES = ("torch", "onnx", "onnxruntime", "openvino", "snntorch", "spikingjelly", "norse", "unitstep")
 UNITSTEP, CNN = "unitstep T=1 int8", "CNN"
 
 Call = Callable[[Tensor], Any]
@@ -75,7 +75,7 @@ def bench_deploy(*, threads: tuple[int, ...] = (2, 1), progress: Callable[[str],
     return {
         "schema": 1, "net": NET, "size": SIZE, "speeds": rows, "bytes": sizes, "export_seconds": files.seconds,
         "cnn_parameters": sum(parameter.numel() for parameter in cnn.parameters()), "seconds_per_round": SECONDS,
-        "versions": versions, "machine": machine(),
+        **provenance(), "versions": versions,
     }  # fmt: skip
 
 
@@ -134,9 +134,9 @@ def _contenders(files: _Files, cnn: nn.Module, threads: int) -> Iterator[tuple[s
     yield f"{CNN} ONNX Runtime int8", _plain_onnxruntime(files.cnn_int8, threads)
     yield f"{CNN} OpenVINO", _plain_openvino(files.cnn, threads)
     yield f"{CNN} OpenVINO int8", _plain_openvino(files.cnn_int8, threads)
-    for steps in (1, 5):
-        yield f"SpikingJelly T={steps}", _spikingjelly(steps)
-        yield f"snnTorch T={steps}", _snntorch(steps)
+    for title, peer in PEERS.items():
+        for steps in (1, 5):
+            yield f"{title} T={steps}", peer(cnn, steps).eval()
     for runtime, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
         model = open_model(files.snn, runtime, threads=threads)  # type: ignore[arg-type]
         yield f"{UNITSTEP} {title}", _exported(model)
@@ -159,73 +159,6 @@ def _plain_openvino(path: Path, threads: int) -> Call:
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
     return lambda images: compiled(images.numpy())
-
-
-def _layers(convolution: Any, norm: Any, neuron: Callable[[], Any], pool: Any, flatten: Any, linear: Any) -> list[Any]:
-    """The same network of another library's layers."""
-    layers: list[Any] = []
-    channels, side = 3, SIZE
-    for width in nets.PLANS[NET][0]:
-        if width == "P":
-            layers.append(pool(2))
-            side //= 2
-            continue
-        layers += [convolution(channels, width, 3, padding=1, bias=False), norm(width), neuron()]
-        channels = width
-    return [*layers, flatten(), linear(channels * side * side, CLASSES, bias=False)]
-
-
-def _spikingjelly(steps: int) -> Call:
-    from spikingjelly.activation_based import functional, layer, neuron
-
-    parts = (
-        layer.Conv2d,
-        layer.BatchNorm2d,
-        lambda: neuron.IFNode(v_reset=None),
-        layer.AvgPool2d,
-        layer.Flatten,
-        layer.Linear,
-    )
-    net = nn.Sequential(*_layers(*parts)).eval()
-    functional.set_step_mode(net, "m")
-    normalize = nets.Normalize((121,), (1 / 64,))
-
-    def call(images: Tensor) -> Tensor:
-        functional.reset_net(net)
-        logits: Tensor = net(normalize(images).expand(steps, *images.shape)).mean(0)
-        return logits
-
-    return call
-
-
-def _snntorch(steps: int) -> Call:
-    import snntorch
-
-    parts = (
-        nn.Conv2d,
-        nn.BatchNorm2d,
-        lambda: snntorch.Leaky(beta=1.0, reset_mechanism="subtract"),
-        nn.AvgPool2d,
-        nn.Flatten,
-        nn.Linear,
-    )
-    layers = [part.eval() for part in _layers(*parts)]
-    normalize = nets.Normalize((121,), (1 / 64,))
-
-    def call(images: Tensor) -> Tensor:
-        given, total = normalize(images), torch.zeros(())
-        membranes = {index: part.init_leaky() for index, part in enumerate(layers) if isinstance(part, snntorch.Leaky)}
-        for _ in range(steps):
-            x = given
-            for index, part in enumerate(layers):
-                if index in membranes:
-                    x, membranes[index] = part(x, membranes[index])
-                else:
-                    x = part(x)
-            total = total + x
-        return total / steps
-
-    return call
 
 
 def ratios(record: dict[str, Any]) -> list[tuple[str, int, int, float, float]]:

@@ -325,7 +325,7 @@ def _measure(arguments: list[str]) -> int:
             torch.set_num_threads(threads)
         with _bars() as bars:
             measurement.measure_run(
-                str(run), data=data, device=device, bad_images=bad_images, speed=speed, curve=curve,
+                run, data=data, device=device, bad_images=bad_images, speed=speed, curve=curve,
                 progress=bars.measuring,
             )  # fmt: skip
         (group,) = read_groups([run])
@@ -373,6 +373,7 @@ def _export(arguments: list[str]) -> int:
         images: int = 1000,
         pools: Literal["mean", "sum"] = "mean",
         data: str | None = None,
+        bad_images: Literal["refuse", "skip"] = "refuse",
         threads: int | None = None,
     ) -> int:
         """Write the network of one stage of a run as an ONNX file, run that file on validation images, and print how it
@@ -390,6 +391,7 @@ def _export(arguments: list[str]) -> int:
             pools: Average pools in a NIR graph: mean as snnTorch and SpikingJelly read them, sum as Norse and sinabs
                 do.
             data: Where the images are, if no longer where the run's recipe says.
+            bad_images: What to do with images that cannot be read.
             threads: CPU threads to use; None: all cores.
         """
         import torch
@@ -404,7 +406,7 @@ def _export(arguments: list[str]) -> int:
             raise ValueError(f"--images must be 1 or more, not {images}")
         trained = Run(run)
         snn, r = load(trained, steps), trained.recipe
-        _, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment)
+        _, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
         shown, labels = next(val.batches(images))
         if to == "nir":
             if form != "auto":

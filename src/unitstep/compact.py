@@ -4,16 +4,13 @@ Each matrix or kernel W is stored as int8 q with one scale a per row of its firs
 input channel if transposed), as `unitstep.rounding` rounds. Thresholds, leaks, biases and batch norms stay as they are.
 """
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from unitstep.conversion import Spiking
-from unitstep.files import write_whole
+from unitstep.files import read_tensors, write_tensors
 from unitstep.recipes import recipe_from_dict, without_folder
 from unitstep.rounding import LAYERS, rounded
 from unitstep.runs import SCHEMA, Run, rebuild
@@ -47,17 +44,14 @@ def save_compact(run: Run, path: str | Path) -> None:
             tensors[name] = tensor
     about = {"schema": SCHEMA, "recipe": without_folder(run.recipe).to_dict(), "steps": finished.stage.steps}
     about |= {"classes": list(finished.classes), "val_accuracy_before_rounding": finished.val_accuracy}
-    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_whole(Path(path), save(dense, metadata={"unitstep": json.dumps(about)}))
+    write_tensors(Path(path), tensors, about)
 
 
 def load_compact(path: str | Path) -> Spiking:
     """The network that `save_compact` wrote, with its weights rounded, in evaluation mode. ValueError if the file is
     anything else."""
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["unitstep"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, about = read_tensors(Path(path))
         if "steps" not in about:
             raise ValueError("it holds a stage of a run: unitstep.load(run) reads that")
         recipe, classes = recipe_from_dict(about["recipe"]), len(about["classes"])
@@ -65,7 +59,7 @@ def load_compact(path: str | Path) -> Spiking:
             scale, of = tensors.pop(name), name.removesuffix(SCALE)
             tensors[of] = tensors[of].float() * scale.view(-1, *[1] * (tensors[of].dim() - 1))
         net = rebuild(recipe, classes, tensors, spikes=True)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or is not a compact network of unitstep ({error})") from error
     assert isinstance(net, Spiking)
     return net

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from unitstep.fusing import BATCH_NORMS, CATS, CONVOLUTIONS, argument, fold_norm, fuse, kind_of, module_of
@@ -152,10 +152,10 @@ class Spiking(fx.GraphModule):  # type: ignore[misc,unused-ignore]
         report: Report = self.meta["report"]
         return report
 
-    def fuse(self, steps: int = 1) -> fx.GraphModule:
+    def fuse(self, images: Tensor, steps: int = 1) -> fx.GraphModule:
         """This network at `steps` timesteps as a plain module: convolutions and comparisons, images [B, C, H, W] →
-        logits [B, classes]. See `unitstep.fusing`."""
-        return fuse(self, steps)
+        logits [B, classes]. Of `images` only the shape matters. See `unitstep.fusing`."""
+        return fuse(self, images, steps)
 
 
 # ---------------------------------------------------------------------------------------------- what converts, and how

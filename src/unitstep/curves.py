@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,7 @@ def conversion_alone(
     *,
     data: str | None = None,
     device: str = "auto",
+    bad_images: Literal["refuse", "skip"] = "refuse",
     speed: bool = False,
     images: int = IMAGES,
     seconds: float = SECONDS,
@@ -133,7 +134,8 @@ def conversion_alone(
     if not finished or finished[0].index > 0 or finished[-1].index == 0:
         raise ValueError(f"{run.path} has no CNN and spiking stage to compare yet: unitstep train goes on with it")
     last, steps = run.net(finished[-1].index).to(where), finished[-1].stage.steps
-    split, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment)
+    source = data or r.data
+    split, val = load_train(source, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
     calibration = calibration_images(r, split).to(where)
     images = min(images, len(val))
     size = min(images, BATCH)

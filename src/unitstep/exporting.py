@@ -102,8 +102,8 @@ def to_onnx(
     if form == "int8" and images.dtype != torch.uint8:
         raise ValueError(f"the 8-bit form takes raw pixels, uint8, not {images.dtype}: export in floating point")
     snn, images = copy.deepcopy(snn).eval().cpu(), images.cpu()
-    fused = snn.fuse(steps)
-    rounded = quantize(fused, images) if form == "int8" else None
+    fused = snn.fuse(images, steps)
+    rounded = quantize(fused) if form == "int8" else None
     model = _float_model(fused, images) if rounded is None else integer_model(rounded, images.shape[1:])
     told: dict[str, Any] = {"format": 1, "form": form, "steps": steps, "input": list(images.shape[1:])}
     told |= {"pixels": str(images.dtype).removeprefix("torch."), **(about or {})}
@@ -149,8 +149,8 @@ def onnx_of(net: nn.Module, images: Tensor, outputs: Sequence[str] = (LOGITS,)) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own
         try:
-            batch = torch.export.Dim("N", min=1)
-            exported = torch.export.export(net, (images[:2],), dynamic_shapes=({0: batch},))
+            batch, two = torch.export.Dim("N", min=1), torch.cat([images[:1]] * 2)  # of one, N would be fixed
+            exported = torch.export.export(net, (two,), dynamic_shapes=({0: batch},))
             program = torch.onnx.export(
                 exported, dynamo=True, opset_version=FLOAT_OPSET, input_names=[INPUT], output_names=outputs,
                 verbose=False,

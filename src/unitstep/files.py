@@ -1,10 +1,16 @@
-"""Files that are written whole or not at all: aside, flushed to the disk, renamed. Knows nothing of what is in them."""
+"""Files that are written whole or not at all: aside, flushed to the disk, renamed; JSON, and tensors with JSON about
+them in safetensors. Knows nothing of what they mean."""
 
 import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -40,3 +46,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: it does not hold a JSON object")
     return value
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """A safetensors file, with `about` in its metadata."""
+    own = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    write_whole(path, save(own, metadata={"unitstep": json.dumps(about)}))
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What `write_tensors` was told about the tensors. ValueError, with the file's name, if it did not write them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["unitstep"])
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is damaged or was not written by unitstep ({error})") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} was not written by unitstep")
+    return about
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, about), as `write_tensors` was given them. ValueError, with the file's name, if it did not write
+    them."""
+    about = read_about(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from unitstep.neuron import LIF, SharedDropout, check_steps, membranes, read_out, repeat
 
@@ -74,17 +75,18 @@ def per_channel(values: Tensor, dimensions: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- fuse
 
 
-def fuse(snn: fx.GraphModule, steps: int = 1) -> fx.GraphModule:
+def fuse(snn: fx.GraphModule, images: Tensor, steps: int = 1) -> fx.GraphModule:
     """The spiking network `snn` at `steps` timesteps as a plain module, in evaluation: images [B, C, H, W] → logits
     [B, classes].
 
-    A copy, with nothing to train, whose modules have the names of the traced graph's operations: convolutions and
-    linear layers, with a bias where a batch norm was, a `Fire` for each neuron layer, and what else the network has.
-    Equal to `snn(images, steps)` but for rounding: where a membrane is at its threshold to 1e-6 or so, a spike can
-    differ. ValueError if steps < 1.
+    images: of which only the shape matters.  A copy, with nothing to train, whose modules have the names of the traced
+    graph's operations: convolutions and linear layers, with a bias where a batch norm was, a `Fire` for each neuron
+    layer, and what else the network has. Equal to `snn(images, steps)` but for rounding: where a membrane is at its
+    threshold to 1e-6 or so, a spike can differ. ValueError if steps < 1.
     """
     check_steps(steps)
-    net = _at_fixed_steps(snn, steps).eval()
+    net = _at_fixed_steps(snn, steps).eval().requires_grad_(False)
+    ShapeProp(net).propagate(images[:1].to(next(net.buffers()).device))
     for node in list(net.graph.nodes):
         if isinstance(module_of(net, node), BATCH_NORMS):
             fold_norm(net, node)
@@ -93,6 +95,13 @@ def fuse(snn: fx.GraphModule, steps: int = 1) -> fx.GraphModule:
     net.graph.lint()
     net.recompile()
     return net.requires_grad_(False)
+
+
+def sums_channels(net: nn.Module, node: fx.Node) -> bool:
+    """Whether `node` calls a layer that sums over channels, dimension 1, to which heights and batch norms belong: a
+    convolution, or a linear layer on [B, features]. Of more dimensions, where they are known, that takes the last."""
+    layer, known = module_of(net, node), node.meta.get("tensor_meta")
+    return type(layer) in CONVOLUTIONS or (type(layer) is nn.Linear and (known is None or len(known.shape) == 2))
 
 
 def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
@@ -143,7 +152,7 @@ def _heights_into_weights(net: fx.GraphModule) -> None:
                 scale_input(net, node, source, heights[source], "height")
             if bool((module.height != 1).any()):
                 heights[node], module.height = module.height, torch.ones(())
-        elif sources and module is not None and type(module) in (*CONVOLUTIONS, nn.Linear):
+        elif sources and module is not None and sums_channels(net, node):
             scale_inputs_(module, heights[sources[0]])
         elif sources and (passed := _passed(net, node, heights)) is not None:
             heights[node] = passed
@@ -228,11 +237,15 @@ def fold_norm(net: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     norm = module_of(net, node)
     if norm is None or norm.running_mean is None or not called_once(net, node):
         return None
-    before, behind = node.all_input_nodes[0], next(iter(node.users), None)
-    fused, kept = None, before
-    if len(before.users) == 1 and called_once(net, before):
+
+    def own_layer(neighbour: fx.Node) -> bool:
+        return called_once(net, neighbour) and sums_channels(net, neighbour)
+
+    before, fused = node.all_input_nodes[0], None
+    kept = before
+    if len(before.users) == 1 and own_layer(before):
         fused = _fold_into_previous(norm, module_of(net, before))
-    if fused is None and behind is not None and len(node.users) == 1 and called_once(net, behind):
+    if fused is None and len(node.users) == 1 and own_layer(behind := next(iter(node.users))):
         fused, kept = _fold_into_next(norm, module_of(net, behind)), behind
     if fused is None:
         return None
@@ -281,9 +294,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _fold_into_previous(norm: nn.Module, layer: Any) -> Any:
     """A copy of `layer`, whose output the norm takes, that gives the norm's output: γ/σ·(Wx + b) + β − γμ/σ. None if it
-    is no such layer."""
-    if type(layer) not in (*CONVOLUTIONS, nn.Linear):
-        return None
+    is of another length."""
     if isinstance(layer, nn.Linear) and layer.out_features != norm.num_features:
         return None
     scale, shift = _affine(norm)

@@ -35,7 +35,7 @@ from unitstep.recipes import Recipe, Stage
 from unitstep.recomputing import recomputing
 from unitstep.replaying import Replayed
 from unitstep.rounding import round_weights_
-from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, leaf_modules, locked, open_run, rebuild
+from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, finding, locked, open_run, rebuild, structure
 from unitstep.timing import forget_peak, peak
 from unitstep.whitening import plain_state, whiten_
 
@@ -230,12 +230,7 @@ def convert(
             f"classes of {recipe.data!r} are wanted"
         )
     steps = recipe.stages[1].steps or 1
-    snn = to_spiking(
-        cnn, images, steps=steps, calibration_steps=recipe.calibration_steps, thresholds=recipe.thresholds,
-        percentile=recipe.percentile, scale=recipe.scale, initial=recipe.initial, height=recipe.height,
-        readout=recipe.readout, norm=recipe.norm, max_pool=recipe.max_pool, approximate=recipe.approximate,
-        leaf_modules=leaf_modules(recipe, cnn),
-    )  # fmt: skip
+    snn = to_spiking(cnn, images, steps=steps, **structure(recipe, cnn), **finding(recipe))
     val = val.to(where)
     before, after = accuracy(cnn, val, None, where), accuracy(snn, val, steps, where)
     run = open_run(path, recipe, precision=chosen, device=where.type)
@@ -329,16 +324,8 @@ class _Fit:
         snn = build_snn(recipe, above)
         if fresh:
             images = calibration_images(recipe, self.train)
-            calibrate_(
-                snn.to(self.device),
-                images.to(self.device),
-                steps=self.stage.steps or 1,
-                calibration_steps=recipe.calibration_steps,
-                thresholds=recipe.thresholds,
-                percentile=recipe.percentile,
-                scale=recipe.scale,
-                refresh_norms=True,
-            )
+            steps, options = self.stage.steps or 1, finding(recipe)
+            calibrate_(snn.to(self.device), images.to(self.device), steps=steps, refresh_norms=True, **options)
         return snn
 
     def _warn_of_silence(self, snn: nn.Module) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -169,7 +170,7 @@ def measure(
 def _operations(net: nn.Module, image: Tensor, steps: int | None) -> tuple[Operation, ...]:
     """Empty for a CNN that cannot be traced: its accuracy can be measured all the same."""
     if isinstance(net, Spiking):
-        return operations(net.fuse(), image)
+        return operations(net.fuse(image), image)
     try:
         return operations(trace(net), image) if steps is None else ()
     except ValueError:
@@ -252,7 +253,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def measure_run(
-    run: Run | str,
+    run: Run | str | Path,
     *,
     data: str | None = None,
     device: str = "auto",
@@ -302,7 +303,9 @@ def measure_run(
         "speed": [asdict(each) for each in time_run(run, first, device=device, progress=progress)] if speed else [],
     }
     if curve:
-        result["conversion_alone"] = conversion_alone(run, data=data, device=device, speed=speed, progress=progress)
+        result["conversion_alone"] = conversion_alone(
+            run, data=data, device=device, bad_images=bad_images, speed=speed, progress=progress
+        )
     if finished[-1].index > 0:
         _write_samples(run, finished[-1], test)
     write_json(run.path / "measure.json", result)

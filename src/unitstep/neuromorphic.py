@@ -16,11 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from unitstep.conversion import Spiking
 from unitstep.files import write_whole
-from unitstep.fusing import Fire, Scale, kind_of, module_of, per_channel, values
+from unitstep.fusing import Fire, Scale, kind_of, module_of, per_channel, sums_channels, values
 from unitstep.nets import Normalize
 from unitstep.quantizing import divides_by_window, flattens, pair
 
@@ -47,8 +46,7 @@ def to_nir(
         import nir
     except ImportError as error:
         raise ValueError('nir is not installed here: pip install "unitstep[nir]"') from error
-    net = snn.fuse().cpu()
-    ShapeProp(net).propagate(images[:1].cpu())
+    net = snn.fuse(images).cpu()
     writer = _Writer(net, nir, pools == "sum")
     graph = writer.run()
     content = io.BytesIO()
@@ -105,7 +103,7 @@ class _Writer:
         if len(values(node)) > 1:
             return False
         if isinstance(module, nn.Conv2d | nn.Linear):
-            return self._layer(node, module, source)
+            return sums_channels(self.net, node) and self._layer(node, module, source)
         if isinstance(module, Fire):  # weights before it are divided by its threshold
             if not isinstance(module_of(self.net, source), nn.Conv2d | nn.Linear) or len(source.users) > 1:
                 return False

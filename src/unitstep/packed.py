@@ -5,18 +5,15 @@ A packed folder holds `train-00000-of-00003.safetensors`, …, `test-…`; each 
 [n, C, H, W] and `labels` int64 [n], and as metadata the names of the classes.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from unitstep.files import write_whole
+from unitstep.files import read_tensors, write_tensors
 
 PART_BYTES = 60_000_000  # a part is at most so large
 SCHEMA = 1
@@ -44,12 +41,11 @@ def write(folder: Path, split: str, images: Tensor, labels: Tensor, classes: Seq
     """
     rows = max(1, (PART_BYTES - 4096) // (images[0].numel() + 8))
     count = -(-len(images) // rows)
-    about = json.dumps({"schema": SCHEMA, "classes": list(classes)})
+    about = {"schema": SCHEMA, "classes": list(classes)}
     paths = []
     for number, (part, of) in enumerate(zip(images.split(rows), labels.split(rows), strict=True)):
         paths.append(folder / f"{split}-{number:05}-of-{count:05}.safetensors")
-        tensors = {"images": part.contiguous(), "labels": of.contiguous()}
-        write_whole(paths[-1], save(tensors, metadata={"unitstep": about}))
+        write_tensors(paths[-1], {"images": part, "labels": of}, about)
     return paths
 
 
@@ -81,12 +77,11 @@ def read(folder: Path) -> dict[str, Part]:
 
 def _read(path: Path) -> Part:
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["unitstep"])
-            images, labels = file.get_tensor("images"), file.get_tensor("labels")
+        tensors, about = read_tensors(path)
+        images, labels = tensors["images"], tensors["labels"]
         classes = tuple(about["classes"])
         if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1]:
             raise ValueError(f"images of shape {list(images.shape)}, labels of shape {list(labels.shape)}")
-    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or was not written by unitstep pack ({error})") from error
     return Part(images, labels, classes)

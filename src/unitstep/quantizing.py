@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from unitstep.fusing import (
@@ -32,6 +31,7 @@ from unitstep.fusing import (
     per_channel,
     scale_input,
     scale_inputs_,
+    sums_channels,
 )
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF
@@ -88,20 +88,18 @@ class Whole:
     most: int
 
 
-def quantize(fused: fx.GraphModule, images: Tensor, *, bits: int = 8) -> fx.GraphModule:
+def quantize(fused: fx.GraphModule, *, bits: int = 8) -> fx.GraphModule:
     """`fused`, which `Spiking.fuse()` made, with every layer in integers whose inputs are spikes, sums of spikes, or
     pixels.
 
-    images: uint8 [B, C, H, W], of which only the shape matters.  bits: of a weight, 2 to 8; weights that
-    were trained in fewer keep those. A copy, whose layers in
-    integers have whole numbers as weights, and neurons with a threshold at a half for each channel. Where a layer
-    cannot be in integers, `node.meta["float"]` of its operation says why; the others have `node.meta["integer"]`, and
+    bits: of a weight, 2 to 8; weights that were trained in fewer keep those.  A copy, whose layers in integers have
+    whole numbers as weights, and neurons with a threshold at a half for each channel. Where a layer cannot be in
+    integers, `node.meta["float"]` of its operation says why; the others have `node.meta["integer"]`, and
     `node.meta["rounded"]`, whether their weights had to be rounded.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"weights can have 2 to 8 bits, not {bits}")
     net = copy.deepcopy(fused)
-    ShapeProp(net).propagate(images[:1])
     return _Quantization(net, bits).run()
 
 
@@ -114,7 +112,7 @@ def centre_thresholds_(snn: fx.GraphModule, images: Tensor) -> None:
     batch norm, convolution or linear layer that neurons take their current from. Where there is none, or where the
     weights are not whole multiples of a unit, nothing is moved.
     """
-    fused = quantize(fuse(snn), images)
+    fused = quantize(fuse(snn, images))
     for node in snn.graph.nodes:
         neurons = module_of(snn, node)
         if not isinstance(neurons, LIF):
@@ -196,6 +194,8 @@ class _Quantization:
             node.meta["float"] = "its input is no spikes, sums of spikes, or pixels"
         elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             node.meta["float"] = f"its padding is {layer.padding_mode}"
+        elif not sums_channels(self.net, node):
+            node.meta["float"] = "it acts on the last of several dimensions"
         if given is None or "float" in node.meta:
             return False
         inputs = layer.weight[0].numel()

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from unitstep import nets
 from unitstep.conversion import Spiking, spiking
-from unitstep.files import read_json, write_json, write_whole
+from unitstep.files import read_about, read_json, read_tensors, write_json, write_tensors, write_whole
 from unitstep.recipes import Recipe, Stage, differences, recipe_from_dict
 
 SCHEMA = 1
@@ -109,26 +108,23 @@ class Run:
 
     def finished(self, index: int) -> Finished:
         path = self.stage_path(index)
-        info = self._check(path, _read_info(path), index)
+        info = self._check(path, read_about(path), index)
         return Finished(
             index, self.recipe.stages[index], path, info["val_accuracy"], info["seconds"], tuple(info["classes"])
         )
 
     def save(self, path: Path, tensors: dict[str, Tensor], index: int, **info: Any) -> None:
         """Write tensors with the recipe, the stage's index and `info` in their metadata."""
-        text = json.dumps({"schema": SCHEMA, "recipe": self.recipe.to_dict(), "index": index, **info})
-        dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_whole(path, save(dense, metadata={"unitstep": text}))
+        write_tensors(path, tensors, {"schema": SCHEMA, "recipe": self.recipe.to_dict(), "index": index, **info})
 
     def load(self, path: Path, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `save` wrote. ValueError if the file is damaged or belongs to another run or stage."""
-        info = self._check(path, _read_info(path), index)
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
+        tensors, info = read_tensors(path)
+        return tensors, self._check(path, info, index)
 
     def state_index(self) -> int | None:
         """Index of the stage that was interrupted, or None."""
-        return int(_read_info(self.state_path).get("index", -1)) if self.state_path.exists() else None
+        return int(read_about(self.state_path).get("index", -1)) if self.state_path.exists() else None
 
     def _check(self, path: Path, info: dict[str, Any], index: int) -> dict[str, Any]:
         try:
@@ -162,7 +158,13 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
         torch.manual_seed(r.seed)
         if ":" in r.net:
             normalize = nets.Normalize(r.pixel_zero, r.pixel_scale)
-            return nn.Sequential(OrderedDict(normalize=normalize, cnn=nets.imported(r.net)))
+            cnn = nets.imported(r.net)
+            if own := [name for name, module in cnn.named_modules() if parametrize.is_parametrized(module)]:
+                raise ValueError(
+                    f"{r.net} computes the weights of {own[0]!r} from others, as weight_norm does; make them plain "
+                    f"before it returns: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+                )
+            return nn.Sequential(OrderedDict(normalize=normalize, cnn=cnn))
         return nets.build(
             r.net, classes=classes, channels=r.channels, size=r.size, batch_norm=r.norm != "none", pool=r.pool,
             dropout=r.dropout, zero_point=r.pixel_zero, scale=r.pixel_scale,
@@ -171,11 +173,18 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
 
 def build_snn(recipe: Recipe, cnn: nn.Module) -> Spiking:
     """The structure of the recipe's spiking network; its thresholds are not set."""
-    r = recipe
-    return spiking(
-        cnn, height=r.height, initial=r.initial, readout=r.readout, norm=r.norm, max_pool=r.max_pool,
-        approximate=r.approximate, leaf_modules=leaf_modules(r, cnn),
-    )  # fmt: skip
+    return spiking(cnn, **structure(recipe, cnn))
+
+
+def structure(recipe: Recipe, cnn: nn.Module) -> dict[str, Any]:
+    """What `spiking` needs to know of the recipe."""
+    names = ("height", "initial", "readout", "norm", "max_pool", "approximate")
+    return {name: getattr(recipe, name) for name in names} | {"leaf_modules": leaf_modules(recipe, cnn)}
+
+
+def finding(recipe: Recipe) -> dict[str, Any]:
+    """What `calibrate_` needs to know of the recipe, but for the steps."""
+    return {name: getattr(recipe, name) for name in ("thresholds", "percentile", "scale", "calibration_steps")}
 
 
 def leaf_modules(recipe: Recipe, cnn: nn.Module) -> tuple[str, ...]:
@@ -248,25 +257,13 @@ def locked(run: Run) -> Iterator[None]:
         return
     handle = os.open(run.path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is at work in {run.path}: wait for it or stop it") from error
         yield
-    except BlockingIOError as error:
-        raise ValueError(f"another process is at work in {run.path}: wait for it or stop it") from error
     finally:
         os.close(handle)
-
-
-def _read_info(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {})["unitstep"])
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged or was not written by unitstep ({error}); it was not loaded: move it away to go on"
-        ) from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{path} was not written by unitstep; it was not loaded: move it away to go on")
-    return info
 
 
 def provenance() -> dict[str, Any]:
@@ -276,7 +273,7 @@ def provenance() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, number of usable cores, threads that torch uses, and graphics card if there is one."""
+    """Processor, number of its cores, threads that torch uses, and graphics card if there is one."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
