@@ -63,11 +63,27 @@ class Branching(Net):
         return super().forward(self.gate(x))
 
 
+def normed():
+    net = Net()
+    torch.nn.utils.parametrizations.weight_norm(net.a)
+    return net
+
+
+class Twice(Net):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(self.a, self.relu)
+
+    def forward(self, x):
+        x = self.relu(self.b(self.features(x)))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
 def broken():
     raise RuntimeError("no licence")
 
 
-gated, branching = Gated, Branching
+gated, branching, twice = Gated, Branching, Twice
 number = 3
 """
 FASHION = ["--data", "fashion-mini", "--size", "28", "--channels", "1", "--threads", "1", "--calibration-images", "64"]
@@ -147,6 +163,7 @@ def test_what_does_not_convert_is_shown_in_the_report_and_nothing_is_written(fol
         (["convert", "mynet:nothing", *FASHION], "has no attribute 'nothing'"),
         (["convert", "mynet:number", *FASHION], "'int' object is not callable"),
         (["convert", "mynet:broken", *FASHION], "cannot be made: RuntimeError: no licence"),
+        (["convert", "mynet:normed", *FASHION], "computes the weights of 'a' from others, as weight_norm does"),
         (["convert", "mynet:build", "--data", "fashion-mini"], "fails on images of 3×32×32"),
         (["convert", "mynet:build", "--size", "28", "--channels", "1"], "give --data"),
         (["convert", "mynet:build", *FASHION, "--weights", "mynet.py"], "is not a safetensors file"),
@@ -167,6 +184,13 @@ def test_a_leaf_module_has_the_name_it_has_in_the_users_network(folder, capsys):
     assert "leaf_modules=('cnn.gate',)" in capsys.readouterr().err
     assert main([*arguments, "--leaf-modules", "gate"]) == 0
     assert "kept whole as a leaf module" in capsys.readouterr().out
+
+
+def test_a_module_may_have_two_names(folder):
+    sys.path.append(str(folder))
+    assert main(["convert", "mynet:twice", *FASHION, *SHORT, "--out", "runs/twice"]) == 0
+    state = Run("runs/twice").net(0).state_dict()
+    assert torch.equal(state["cnn.a.weight"], state["cnn.features.0.weight"])
 
 
 def test_a_network_that_has_changed_is_named(folder):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.small import small
+from tests.test_data import write_images
 from unitstep import Run, measure, measure_run
 from unitstep.conversion import spiking
 from unitstep.measurement import wilson
@@ -46,10 +47,13 @@ def test_no_images():
         measure(nn.Linear(1, 1), [], steps=None, device="cpu")
 
 
-def test_a_run_without_stages_and_one_of_other_classes(tmp_path):
+def test_a_run_without_stages_and_one_of_other_classes(tmp_path, unbroken):
     run = open_run(tmp_path / "empty", small(1))
     with pytest.raises(ValueError, match="no finished stage to measure"):
         measure_run(run)
+    photos = write_images(tmp_path / "photos", train=10, test=4)
+    with pytest.raises(ValueError, match=r"the test images have the classes .* but the run was trained on"):
+        measure_run(unbroken.path, data=str(photos))
 
 
 def test_measure_json(unbroken, tmp_path):

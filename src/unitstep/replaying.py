@@ -52,6 +52,6 @@ class Replayed:
         except RuntimeError as error:
             raise ValueError(
                 f"the training steps cannot be recorded for the GPU ({error}): the same command with --compile off "
-                "trains without that, more slowly"
+                "trains without that"
             ) from error
         self.graph = graph
