@@ -199,7 +199,7 @@ def table(record: dict[str, Any]) -> str:
     title = "unitstep ÷ fastest other library | unitstep ÷ CNN | memory ÷ leanest other library | with recompute"
     parts += [f"| | {title} |", "|---|---:|---:|---:|---:|"]
     for steps in sorted({row["steps"] for row in record["speeds"]}):
-        for net, precision, threads, *ratios in bars(record, steps):
+        for net, precision, threads, *ratios in sorted(bars(record, steps), key=lambda row: (*row[:2], -row[2])):
             name = f"{net}, {precision}, T = {steps}, {threads} thread{'s' * (threads > 1)}"
             parts.append(f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
     return "\n".join(parts) + "\n"
