@@ -155,7 +155,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """Images per second and memory against T, of each contender, for each network in bf16 on the most threads."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in record["speeds"] if row["precision"] == "bf16"]
+    rows = sorted((row for row in record["speeds"] if row["precision"] == "bf16"), key=lambda row: row["steps"])
     rows = [row for row in rows if row["threads"] == max(row["threads"] for row in rows)]
     networks = list(dict.fromkeys(row["net"] for row in rows))
     figure = Figure(figsize=(10, 3.6 * len(networks)), layout="constrained")
