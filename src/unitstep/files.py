@@ -60,9 +60,11 @@ def read_about(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["unitstep"])
     except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is damaged or was not written by unitstep ({error})") from error
+        raise ValueError(
+            f"{path} is damaged or was not written by unitstep ({error}); it was not loaded: move it away to go on"
+        ) from error
     if not isinstance(about, dict):
-        raise ValueError(f"{path} was not written by unitstep")
+        raise ValueError(f"{path} was not written by unitstep; it was not loaded: move it away to go on")
     return about
 
 

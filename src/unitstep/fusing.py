@@ -85,7 +85,7 @@ def fuse(snn: fx.GraphModule, images: Tensor, steps: int = 1) -> fx.GraphModule:
     threshold to 1e-6 or so, a spike can differ. ValueError if steps < 1.
     """
     check_steps(steps)
-    net = _at_fixed_steps(snn, steps).eval().requires_grad_(False)
+    net = _at_fixed_steps(snn, steps).eval()
     ShapeProp(net).propagate(images[:1].to(next(net.buffers()).device))
     for node in list(net.graph.nodes):
         if isinstance(module_of(net, node), BATCH_NORMS):

@@ -76,8 +76,8 @@ def read(folder: Path) -> dict[str, Part]:
 
 
 def _read(path: Path) -> Part:
+    tensors, about = read_tensors(path)
     try:
-        tensors, about = read_tensors(path)
         images, labels = tensors["images"], tensors["labels"]
         classes = tuple(about["classes"])
         if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1]:

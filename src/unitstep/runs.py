@@ -119,8 +119,8 @@ class Run:
 
     def load(self, path: Path, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `save` wrote. ValueError if the file is damaged or belongs to another run or stage."""
-        tensors, info = read_tensors(path)
-        return tensors, self._check(path, info, index)
+        self._check(path, read_about(path), index)
+        return read_tensors(path)
 
     def state_index(self) -> int | None:
         """Index of the stage that was interrupted, or None."""
@@ -162,7 +162,7 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
             if own := [name for name, module in cnn.named_modules() if parametrize.is_parametrized(module)]:
                 raise ValueError(
                     f"{r.net} computes the weights of {own[0]!r} from others, as weight_norm does; make them plain "
-                    f"before it returns: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+                    "before it returns: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
                 )
             return nn.Sequential(OrderedDict(normalize=normalize, cnn=cnn))
         return nets.build(
