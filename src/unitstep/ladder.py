@@ -584,7 +584,7 @@ def learning_rate(stage: Stage, step: int, total: int) -> float:
 
 def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.optim.Optimizer:
     """Weight decay acts on matrices and kernels alone: thresholds, leaks, biases and batch norms are scales, not
-    weights. On a GPU one kernel updates all, and the learning rate is there, too."""
+    weights. One kernel updates all (`fused`); on a GPU the learning rate is there, too."""
     gpu = device.type == "cuda"
     parameters = list(net.parameters())
     groups = [
@@ -595,10 +595,10 @@ def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.opti
         group["lr"] = torch.tensor(stage.lr, device=device) if gpu else stage.lr
     groups = [group for group in groups if group["params"]]
     if stage.optimizer in ("sgd", "nesterov"):
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=stage.optimizer == "nesterov", fused=gpu or None)
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=stage.optimizer == "nesterov", fused=True)
     if stage.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=gpu or None, capturable=gpu)
-    return torch.optim.Adam(groups, amsgrad=True, fused=gpu or None, capturable=gpu)
+        return torch.optim.AdamW(groups, fused=True, capturable=gpu)
+    return torch.optim.Adam(groups, amsgrad=True, fused=True, capturable=gpu)
 
 
 def _forget_peak_memory(device: torch.device) -> None:

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -129,51 +130,64 @@ def _fire_backward(
 
 
 @cache
-def _kernel(function: Any) -> Any:
-    """`function` compiled with symbolic sizes: a kernel per number of steps serves all layers. Raises rather than fall
-    back to eager in silence."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+def _kernel(function: Any, *case: Any) -> Any:
+    """`function` compiled with symbolic sizes: one kernel serves all layers of a case. Every case is a function of its
+    own to torch, which gives up a function after eight kernels. Raises rather than fall back to eager in silence."""
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
 
 
-def _fused(function: Any, *args: Any) -> Any:
+def _fused(function: Any, x: Tensor, *args: Any) -> Any:
     plain = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]  # a view would be compiled anew per base
-    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
-        return _kernel(function)(*plain)
+    options = [arg for arg in args if not isinstance(arg, Tensor)]
+    kernel = _kernel(function, x.dtype, *options, *(size == 1 for size in x.shape))
+    return kernel(x.detach(), *plain)
 
 
 class _Fire(torch.autograd.Function):
-    """All steps of one layer (shapes: `_fire`): one pass forward, one backward. It keeps the current and nothing else.
+    """All steps of one layer: one pass forward, one backward. It keeps the current and nothing else.
 
+    current: [rows·B, …], rows: `steps`, or 1 if it is the same at every step.  threshold: [C] or a scalar.
     Without the compiler A is worked off in chunks, whose intermediate results stay in the processor's cache.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, current: Tensor, threshold: Tensor, leak: Tensor, steps: int, height: str, initial: float
+        ctx: Any, current: Tensor, threshold: Tensor, leak: Tensor, steps: int, rows: int, height: str, initial: float
     ) -> Tensor:
         ctx.save_for_backward(current, threshold, leak)
         ctx.options = steps, height, initial
+        ctx.rows = rows
         ctx.fuse = is_compiled()  # backward may run in another thread, where the context is not known
-        precision = torch.promote_types(current.dtype, torch.float32)  # half-precision currents are integrated in fp32
-        parameters = threshold.to(precision), leak.to(precision), *ctx.options
+        parameters = *_parameters(current, threshold, leak), *ctx.options
+        flat = _rows(current, threshold.numel(), rows)
         if ctx.fuse:
-            spikes: Tensor = _fused(_fire, current, *parameters)
-            return spikes
-        return torch.cat([_fire(part, *parameters) for part in _chunks(current)], 1)
+            spikes = _fused(_fire, flat, *parameters)
+        else:
+            spikes = torch.cat([_fire(part, *parameters) for part in _chunks(flat)], 1)
+        return _unrows(spikes, current, len(current) // rows * steps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         current, threshold, leak = ctx.saved_tensors
-        precision = torch.promote_types(current.dtype, torch.float32)
-        parameters = threshold.to(precision), leak.to(precision), *ctx.options
+        parameters = *_parameters(current, threshold, leak), *ctx.options
+        flat = _rows(current, threshold.numel(), ctx.rows)
+        grad = _rows(grads[0].contiguous(memory_format=_format(current)), threshold.numel(), ctx.options[0])
         if ctx.fuse:
-            to_current, to_V, to_leak = _fused(_fire_backward, grads[0].contiguous(), current, *parameters)
+            to_current, to_V, to_leak = _fused(_fire_backward, grad, flat, *parameters)
         else:
-            pairs = zip(_chunks(grads[0]), _chunks(current), strict=True)
+            pairs = zip(_chunks(grad), _chunks(flat), strict=True)
             parts = [_fire_backward(grad, part, *parameters) for grad, part in pairs]
             to_current = torch.cat([part for part, _, _ in parts], 1)
             to_V, to_leak = (torch.stack(sums).sum(0) for sums in list(zip(*parts, strict=True))[1:])
-        return to_current, to_V.to(threshold.dtype), to_leak.to(leak.dtype), None, None, None
+        to_current = _unrows(to_current, current, len(current))
+        return to_current, to_V.view_as(threshold).to(threshold.dtype), to_leak.to(leak.dtype), *[None] * 4
+
+
+def _parameters(current: Tensor, threshold: Tensor, leak: Tensor) -> tuple[Tensor, Tensor]:
+    """V [C, 1] and λ in the precision of integration: fp32 for currents in half precision."""
+    precision = torch.promote_types(current.dtype, torch.float32)
+    return threshold.to(precision).view(-1, 1), leak.to(precision)
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
@@ -182,23 +196,26 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     return parts
 
 
-def _rows(current: Tensor, channels: int, rows: int) -> Tensor:
+def _rows(x: Tensor, channels: int, rows: int) -> Tensor:
     """[rows·B, …] → [rows, A, C, Z] in memory order: nothing is copied. channels: how many have a threshold of their
     own; 1, and C is 1, if all share one."""
-    dense = current.permute(0, 2, 3, 1) if _is_channels_last(current) else current
-    Z = 1 if channels == 1 or dense is not current else math.prod(current.shape[2:])
-    return dense.reshape(rows, current.numel() // (rows * channels * Z) if Z else 0, channels, Z)
+    last = _format(x) is torch.channels_last
+    dense = x.permute(0, 2, 3, 1) if last else x
+    Z = 1 if channels == 1 or last else math.prod(x.shape[2:])
+    return dense.reshape(rows, x.numel() // (rows * channels * Z) if Z else 0, channels, Z)
 
 
 def _unrows(flat: Tensor, like: Tensor, size: int) -> Tensor:
     """The inverse: [steps, A, C, Z] → [size, …] in the shape and memory format of `like`."""
-    if _is_channels_last(like):
+    if _format(like) is torch.channels_last:
         return flat.view(size, *like.shape[2:], like.shape[1]).permute(0, 3, 1, 2)
     return flat.view(size, *like.shape[1:])
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def _format(x: Tensor) -> torch.memory_format:
+    """Whether the channels of x are the last dimension in memory."""
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 class LIF(nn.Module):
@@ -249,10 +266,9 @@ class LIF(nn.Module):
                 f"{len(self.threshold)} thresholds, one per channel (dimension 1), cannot serve a current of shape "
                 f"{list(current.shape)}"
             )
-        V = self.threshold.view(-1, 1)
-        flat = _rows(current, len(V), rows)
-        spikes: Tensor = _Fire.apply(flat, V, self.leak, steps, self.height, self.initial)  # type: ignore[no-untyped-call]
-        return _unrows(spikes, current, len(current) // rows * steps)
+        options = steps, rows, self.height, self.initial
+        spikes: Tensor = _Fire.apply(current, self.threshold, self.leak, *options)  # type: ignore[no-untyped-call]
+        return spikes
 
     @torch.no_grad()
     def go_on(self, current: Tensor, steps: int, left: Tensor | None, *, static: bool = False) -> tuple[Tensor, Tensor]:
@@ -262,14 +278,12 @@ class LIF(nn.Module):
         left: None is where a fresh layer starts.
         """
         rows = 1 if static else steps
-        precision = torch.promote_types(current.dtype, torch.float32)
-        V, leak = self.threshold.to(precision).view(-1, 1), self.leak.to(precision)
+        V, leak = _parameters(current, self.threshold, self.leak)
         flat = _rows(current, len(V), rows)
         one = current[: len(current) // rows]
         held: Tensor | None = (self.initial * V).expand(flat.shape[1:]) if self.initial else None
         if left is not None:
-            format = torch.channels_last if _is_channels_last(one) else torch.contiguous_format
-            held = _rows(left.contiguous(memory_format=format), len(V), 1)[0]
+            held = _rows(left.contiguous(memory_format=_format(one)), len(V), 1)[0]
         spikes = flat.new_empty(steps, *flat.shape[1:])
         for t, out in enumerate(spikes):
             arguments = flat[0 if static else t], V, leak, held, self.height
