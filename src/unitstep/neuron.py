@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Height = Literal["unit", "threshold"]
-SURROGATE = 0.3  # the surrogate's peak, at U = V; its support is 0 < U < 2V
 CHUNK = 1 << 16  # neurons that are worked off at a time without the compiler
 MIN_THRESHOLD, MIN_LEAK = 1e-3, 1e-3  # learned values are kept above these
 
@@ -108,7 +107,7 @@ def _fire_backward(
         left, membrane, fires = states[t]
         g = grad[t].to(V.dtype)
         relative = membrane / V
-        to_z = g * SURROGATE * (1 - (relative - 1).abs()).clamp(min=0)  # dL/dz, for height 1
+        to_z = g * 0.3 * (1 - (relative - 1).abs()).clamp(min=0)  # dL/dz, for height 1
         if height == "threshold":
             to_z = to_z * V
             to_V = to_V + torch.where(fires, g, 0)  # through the height itself
@@ -130,18 +129,19 @@ def _fire_backward(
 
 
 @cache
-def _kernel(function: Any, *case: Any) -> Any:
-    """`function` compiled with symbolic sizes: one kernel serves all layers of a case. Every case is a function of its
-    own to torch, which gives up a function after eight kernels. Raises rather than fall back to eager in silence."""
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+def _kernel(function: Any, options: tuple[Any, ...], *case: Any) -> Any:
+    """`function` compiled with symbolic sizes, its last arguments fixed: one kernel serves all layers of a case. Each
+    case is a function of its own to torch, which gives up a function after eight kernels. Raises rather than fall back
+    to eager in silence."""
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, options)
     return torch.compile(own, dynamic=True, fullgraph=True)
 
 
-def _fused(function: Any, x: Tensor, *args: Any) -> Any:
-    plain = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]  # a view would be compiled anew per base
-    options = [arg for arg in args if not isinstance(arg, Tensor)]
-    kernel = _kernel(function, x.dtype, *options, *(size == 1 for size in x.shape))
-    return kernel(x.detach(), *plain)
+def _fused(function: Any, *args: Any) -> Any:
+    """`function(*args)`, tensors first, as a kernel."""
+    tensors = [arg.detach() for arg in args if isinstance(arg, Tensor)]  # a view would be compiled anew per base
+    kernel = _kernel(function, args[len(tensors) :], tensors[0].dtype, *(size == 1 for size in tensors[0].shape))
+    return kernel(*tensors)
 
 
 class _Fire(torch.autograd.Function):
