@@ -40,8 +40,9 @@ def test_not_a_compact_network(tmp_path, content):
     path = tmp_path / "net.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged or is not a compact network of unitstep"):
+    with pytest.raises(ValueError, match="is damaged or was not written by unitstep") as error:
         load_compact(path)
+    assert str(error.value).count(path.name) == (2 if content is None else 1)  # the system names what is not there, too
 
 
 def test_a_stage_of_a_run_is_not_a_compact_network(unbroken):

@@ -50,8 +50,8 @@ def save_compact(run: Run, path: str | Path) -> None:
 def load_compact(path: str | Path) -> Spiking:
     """The network that `save_compact` wrote, with its weights rounded, in evaluation mode. ValueError if the file is
     anything else."""
+    tensors, about = read_tensors(Path(path))
     try:
-        tensors, about = read_tensors(Path(path))
         if "steps" not in about:
             raise ValueError("it holds a stage of a run: unitstep.load(run) reads that")
         recipe, classes = recipe_from_dict(about["recipe"]), len(about["classes"])

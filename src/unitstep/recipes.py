@@ -110,8 +110,8 @@ class Recipe:
     """Images: a folder of class folders, a folder of parquet files, a Hugging Face hub name, or fashion-mini, which is
     built in."""
     net: str
-    """Network: vgg-mini, vgg-small, vgg-quick, vgg6, vgg16, vgg16-imagenet, resnet20, or your own as
-    package.module:function, which is called without arguments and returns it."""
+    """Network: vgg-mini, vgg-small, vgg-quick, vgg6, vgg16, vgg16-conv, vgg16-imagenet, resnet20, or your own
+    as package.module:function, which is called without arguments and returns it."""
     stages: tuple[Stage, ...]
     """The ladder, in order; the first stage is the CNN."""
     size: int = 32
