@@ -324,3 +324,23 @@ def test_the_file_says_what_it_is(tmp_path):
     assert model.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 5
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", OPSET)]
     assert model.ir_version == 7
+
+
+class RowsThatAreNoImages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.readout = nn.Conv2d(3, 4, 3), nn.Conv2d(1, 2, 3), nn.Linear(4 * 2 * 16, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = torch.relu(self.b(x.flatten(0, 1).unsqueeze(1)))
+        return self.readout(x.reshape(-1, 4 * 2 * 16))
+
+
+def test_rows_that_are_no_images_are_compared_together(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(6, 3, 8, 8)
+    snn = to_spiking(RowsThatAreNoImages().eval(), images, steps=2, thresholds="percentile", initial=0.0)
+    parity = to_onnx(snn, tmp_path / "net.onnx", images, steps=2, form="float")
+    assert [layer.neurons for layer in parity.layers] == [4 * 36, 4 * 2 * 16]
+    assert parity.logits < 1e-4

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.architectures import ARCHITECTURES, build
-from unitstep import nets, record, to_spiking
+from unitstep import nets, record, to_onnx, to_spiking
 from unitstep.fusing import Fire
 
 ONE: dict[str, Any] = {"thresholds": "percentile", "percentile": 80, "scale": 0.7, "initial": 0.0}
@@ -69,3 +69,27 @@ def test_torch_can_export_it():
     exported = torch.export.export(fused, (images,), dynamic_shapes=({0: batch},))
     for number in (1, len(images)):
         torch.testing.assert_close(exported.module()(images[:number]), fused(images[:number]))
+
+
+class Twice(nn.Module):
+    """Has the same value twice in a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels = nets.Normalize([100], [0.03])
+        self.a, self.b, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(12, 6, 3), nn.Linear(2 * 6 * 16, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.a(self.pixels(x)))
+        x = torch.relu(self.b(torch.cat([x, x], 1)))
+        return self.fc(torch.cat(tensors=[x, x], dim=1).flatten(1))
+
+
+@pytest.mark.parametrize("options", [ONE, EACH, UNIT], ids=["one threshold", "per channel", "unit height"])
+def test_the_same_value_twice_in_a_concatenation(options, tmp_path):
+    torch.manual_seed(0)
+    images = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8)
+    snn = to_spiking(Twice().eval(), images, steps=1, **options)
+    agrees(copy.deepcopy(snn).double(), images, 1)
+    for form in ("float", "int8"):
+        assert to_onnx(snn, tmp_path / "net.onnx", images, form=form).changed <= (1 if form == "int8" else 0)

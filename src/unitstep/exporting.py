@@ -192,10 +192,10 @@ def _compare(
         for layer, got in zip(layers, given, strict=True):
             spikes, undecided = fired[layer.name]
             differ = ((got > 0).unflatten(0, (steps, -1)) != spikes).flatten(2)
-            since = differ.any(2).cummax(0).values
+            since = _by_image(differ, len(batch)).cummax(0).values
             earlier = before | torch.cat([torch.zeros_like(since[:1]), since[:-1]])  # or a step earlier
-            layer.neurons, layer.differ = differ.shape[2], layer.differ + int(differ.sum())
-            layer.unexplained += int(((differ & ~undecided.flatten(2)).any(2) & ~earlier).sum())
+            layer.neurons, layer.differ = differ[0].numel() // len(batch), layer.differ + int(differ.sum())
+            layer.unexplained += int((_by_image(differ & ~undecided.flatten(2), len(batch)) & ~earlier).sum())
             before |= since
         apart = (logits - wanted).abs().amax(1)
         parity.logits = max(parity.logits, apart.max().item())
@@ -211,6 +211,13 @@ def _compare(
         parity.in_float = {node.name: node.meta["float"] for node in nodes if "float" in node.meta}
         parity.rounded = tuple(node.name for node in nodes if node.meta.get("rounded"))
     return parity
+
+
+def _by_image(neurons: Tensor, images: int) -> Tensor:
+    """Whether any of an image's neurons is true: [T, rows, …] → [T, images]. Where rows are no images, as after a
+    reshape, any of all images."""
+    any_of_row = neurons.any(2)
+    return any_of_row if len(any_of_row[0]) == images else any_of_row.any(1, keepdim=True).expand(-1, images)
 
 
 def _undecided(membrane: Tensor, V: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) 
     """The height h' with op(h·x, …) = h'·op(x, …) of an operation; None if there is no such."""
     if not node.meta.get("homogeneous") and node.target is not repeat:
         return None
-    sources = values(node)
+    sources = parts(node) if node.target in CATS else values(node)
     given = [heights.get(source, torch.ones(())) for source in sources]
     if all(height.dim() == 0 and torch.equal(height, given[0]) for height in given):
         return given[0]
@@ -201,8 +201,8 @@ def _channels(net: fx.GraphModule, node: fx.Node) -> int | None:
     if isinstance(module, (Fire, *POOLS, *BATCH_NORMS)):
         return _channels(net, node.all_input_nodes[0])
     if node.target in CATS and argument(node, "dim", 1, 0) == 1:
-        parts = [_channels(net, source) for source in node.args[0]]  # type: ignore[union-attr,arg-type]
-        return None if None in parts else sum(part for part in parts if part is not None)
+        channels = [_channels(net, source) for source in parts(node)]
+        return None if None in channels else sum(count for count in channels if count is not None)
     return None
 
 
@@ -269,6 +269,11 @@ def kind_of(node: fx.Node, module: nn.Module | None) -> str:
 def values(node: fx.Node) -> list[fx.Node]:
     """What `node` takes, without sizes and constants."""
     return [source for source in node.all_input_nodes if source.meta.get("axis") in ("images", "time")]
+
+
+def parts(concatenation: fx.Node) -> list[fx.Node]:
+    """What a concatenation puts next to each other. A value may be there twice; `all_input_nodes` has it once."""
+    return list(argument(concatenation, "tensors", 0))
 
 
 def argument(node: fx.Node, name: str, position: int, default: Any = None) -> Any:

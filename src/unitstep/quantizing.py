@@ -28,6 +28,7 @@ from unitstep.fusing import (
     called_once,
     fuse,
     module_of,
+    parts,
     per_channel,
     scale_input,
     scale_inputs_,
@@ -253,7 +254,8 @@ class _Quantization:
         """What hands whole numbers on, or puts them next to each other."""
         given = [self.whole[source] for source in node.all_input_nodes if source in self.whole]
         if node.target in CATS and argument(node, "dim", 1, 0) == 1 and len(given) == len(node.all_input_nodes):
-            shapes = [source.meta["tensor_meta"].shape for source in node.all_input_nodes]
+            given = [self.whole[source] for source in parts(node)]
+            shapes = [source.meta["tensor_meta"].shape for source in parts(node)]
             if all(len(shape) == 4 for shape in shapes) and all(each.least == 0 for each in given):
                 unit = torch.cat([each.unit.expand(shape[1]) for each, shape in zip(given, shapes, strict=True)])
                 unit = unit[0] if bool((unit == unit[0]).all()) else unit
