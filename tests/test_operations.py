@@ -184,3 +184,22 @@ def test_a_layer_behind_what_no_spike_is_left_of_is_analog():
     assert [first.input, second.input, last.input] == ["analog", "analog", "binary"]
     assert (first.multiplied, second.multiplied, last.multiplied) == (first.macs, 3 * second.macs, 0)
     assert (first.additions, second.additions) == (0, 0)
+
+
+class Doubled(nn.Module):
+    def __init__(self, double):
+        super().__init__()
+        self.double, self.a, self.b = double, nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.b(x + x if self.double else x).flatten(1)
+
+
+def test_a_value_added_to_itself_brings_its_spikes_twice():
+    counts = []
+    for double in (True, False):
+        torch.manual_seed(0)
+        snn = to_spiking(Doubled(double).eval(), images := torch.randn(4, 1, 6, 6), steps=1)
+        counts.append(measure(snn, [(images, torch.zeros(4))], steps=1, device="cpu").operations[1].additions)
+    assert counts[0] == 2 * counts[1] > 0

@@ -110,7 +110,9 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
             return
         with torch.enable_grad():
             if what in ADDITIONS:
-                number = torch.stack(torch.broadcast_tensors(*(each.number for each in entering))).sum(0)
+                terms = [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, fx.Node)]
+                added = (self.spikes[term].number for term in terms)
+                number = torch.stack(torch.broadcast_tensors(*added)).sum(0)  # in x + x, x twice
                 kind = "integer"
             elif what in SCALINGS or what is Scale:
                 number = entering[0].number
