@@ -240,3 +240,23 @@ def test_a_successful_conversion_is_silent(capsys):
         snn = plainly(Shared(), IMAGES)
     assert capsys.readouterr() == ("", "")
     assert all(isinstance(lif, LIF) for lif in snn.lifs.values())
+
+
+def test_a_max_pool_with_indices_and_hooks_that_compute_weights_are_refused():
+    class Indices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.pool = nn.Conv2d(1, 2, 3), nn.MaxPool2d(2, return_indices=True)
+
+        def forward(self, x):
+            x, _ = self.pool(torch.relu(self.a(x)))
+            return x.flatten(1)
+
+    with pytest.raises(ValueError, match="leave return_indices out"):
+        to_spiking(Indices().eval(), torch.randn(2, 1, 6, 6), steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, yet there
+        cnn = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 2, 3)), nn.ReLU(), nn.Flatten())
+        cnn(torch.randn(2, 1, 6, 6))
+    with pytest.raises(ValueError, match="remove_weight_norm"):
+        to_spiking(cnn.eval(), torch.randn(2, 1, 6, 6), steps=1)

@@ -64,7 +64,7 @@ def test_small_networks_stay_on_the_chip():
 def test_own_figures():
     found = energy.total(stage(), energy.own(2, 0.5))
     assert found.snn == pytest.approx(2 * 1_769_472 + 0.5 * 0.9 * 0.129 * 336_633_856)
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="above 0"):
         energy.own(-1, 1)
 
 

@@ -344,3 +344,31 @@ def test_rows_that_are_no_images_are_compared_together(tmp_path):
     parity = to_onnx(snn, tmp_path / "net.onnx", images, steps=2, form="float")
     assert [layer.neurons for layer in parity.layers] == [4 * 36, 4 * 2 * 16]
     assert parity.logits < 1e-4
+
+
+def test_what_onnx_sizes_otherwise_is_refused(tmp_path):
+    """PyTorch leaves out a last window that begins in the border, ONNX does not."""
+    odd = nn.MaxPool2d(2, 2, padding=1, ceil_mode=True)
+    snn = spiking(nn.Conv2d(3, 4, 6), nn.ReLU(), odd, nn.Conv2d(4, 4, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    for form in ("int8", "float"):
+        with pytest.raises(ValueError, match="not written: ONNX does not run this network as PyTorch does"):
+            to_onnx(snn, tmp_path / "net.onnx", IMAGES, form=form)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["int8", "float"])
+def test_axis_is_another_name_of_dim(form, tmp_path):
+    class Axis(Joined):
+        def forward(self, x):
+            x = self.normalize(x)
+            x = torch.concat([torch.relu(self.left(x)), torch.relu(self.right(x))], axis=1)
+            return self.readout(torch.reshape(input=torch.relu(self.both(x)), shape=(-1, 512)))
+
+    torch.manual_seed(0)
+    to_onnx(to_spiking(Axis(), IMAGES, steps=1, **ONE), tmp_path / "net.onnx", IMAGES, form=form)
+
+
+def test_no_images_and_other_labels_are_refused(tmp_path):
+    for images, labels in ((IMAGES[:0], None), (IMAGES, torch.zeros(3).long())):
+        with pytest.raises(ValueError, match=r"images and \d labels"):
+            to_onnx(spiking(*SMALL), tmp_path / "net.onnx", images, labels)

@@ -93,3 +93,19 @@ def test_the_same_value_twice_in_a_concatenation(options, tmp_path):
     agrees(copy.deepcopy(snn).double(), images, 1)
     for form in ("float", "int8"):
         assert to_onnx(snn, tmp_path / "net.onnx", images, form=form).changed <= (1 if form == "int8" else 0)
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = torch.add(torch.relu(self.a(x)), other=0.5)
+        return torch.relu(self.b(x)).mean((2, 3))
+
+
+def test_a_constant_given_by_name_is_none_the_less_one():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    agrees(to_spiking(Shifted().double().eval(), images, steps=1, **ONE), images, 1)

@@ -78,3 +78,21 @@ def test_measure_json(unbroken, tmp_path):
     assert samples["spikes.relu2"].shape == (8, 8, 14, 14)
     low, high = last["test_interval"]
     assert low < last["test_accuracy"] < high
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.flatten(1), x
+
+
+def test_what_gives_no_logits_or_is_asked_for_the_wrong_kind():
+    batches = [(torch.ones(3, 2, 4, 4), torch.zeros(3).long())]
+    for cnn, told in ((Pair(), "more than a tensor"), (nn.Conv2d(2, 2, 1), r"of shape \[3, 2, 4, 4\]")):
+        with pytest.raises(ValueError, match=f"output is {told}, not logits"):
+            measure(cnn, batches, steps=None, device="cpu")
+    cnn = nn.Sequential(nn.Flatten(), nn.Linear(32, 4), nn.ReLU(), nn.Linear(4, 2))
+    for net, steps in ((cnn, 2), (spiking(cnn.eval()), None)):
+        with pytest.raises(ValueError, match="at a number of timesteps, a CNN at steps=None"):
+            measure(net, batches, steps=steps, device="cpu")
+    with pytest.raises(ValueError, match="no images"):
+        measure(cnn, [(torch.ones(0, 2, 4, 4), torch.zeros(0))], steps=None, device="cpu")

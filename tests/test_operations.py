@@ -7,16 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.architectures import ARCHITECTURES, build
 from tests.simulation import simulate
-from unitstep import nets, to_spiking
+from unitstep import nets, record, to_spiking
 from unitstep.conversion import trace
 from unitstep.measurement import measure
-from unitstep.operations import operations
+from unitstep.operations import _gathered, operations
 
 # A set of spikes: how many there are at each place (channel, row, column).
 
@@ -203,3 +203,78 @@ def test_a_value_added_to_itself_brings_its_spikes_twice():
         snn = to_spiking(Doubled(double).eval(), images := torch.randn(4, 1, 6, 6), steps=1)
         counts.append(measure(snn, [(images, torch.zeros(4))], steps=1, device="cpu").operations[1].additions)
     assert counts[0] == 2 * counts[1] > 0
+
+
+class Functional(nn.Module):
+    """Two convolutions: the second as `second` calls it."""
+
+    def __init__(self, second, norm=False):
+        super().__init__()
+        self.a, self.b, self.second = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), second
+        if norm:
+            nn.utils.parametrizations.weight_norm(self.b)
+
+    def forward(self, x):
+        return self.second(self.b, torch.relu(self.a(x))).flatten(1)
+
+
+def test_however_a_convolution_is_called_its_operations_are_the_same():
+    found = []
+    for second, norm in (
+        (lambda b, x: b(x), False),
+        (lambda b, x: F.conv2d(x, b.weight, b.bias), False),
+        (lambda b, x: F.conv2d(weight=b.weight, input=x, bias=b.bias), False),
+        (lambda b, x: F.conv2d(x, b.weight / 2, b.bias), False),
+        (lambda b, x: b(x), True),
+    ):
+        torch.manual_seed(0)
+        cnn, images = Functional(second, norm).eval(), torch.randn(4, 1, 6, 6)
+        rows = measure(to_spiking(cnn, images, steps=1), [(images, torch.zeros(4))], steps=1, device="cpu").operations
+        found.append((rows[1].input, rows[1].additions, rows[1].macs, rows[1].weights))
+    assert found[0][1] > 0
+    assert set(found[:-1]) == {found[0]}
+    assert found[-1][:3] == found[0][:3]
+
+
+class Rows(nn.Module):
+    """The second convolution sees each channel of an image as a row of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 2, 3), nn.Conv2d(6, 2, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x)).reshape(-1, 1, 6, 6)
+        x = torch.relu(self.b(x)).reshape(-1, 6, 4, 4)
+        return self.c(x).flatten(1)
+
+
+def test_rows_that_are_no_images_are_neurons_of_their_image():
+    torch.manual_seed(0)
+    cnn, images, steps = Rows().eval(), torch.randn(5, 1, 8, 8), 2
+    snn = to_spiking(cnn, images, steps=steps)
+    found = measure(snn, [(images[:3], torch.zeros(3)), (images[3:], torch.zeros(2))], steps=steps, device="cpu")
+    with record(snn) as seen, torch.no_grad():
+        snn(images, steps=steps)
+    first, second = (layer.spikes for layer in seen.values())  # [T, B, 3, 6, 6] and [T, B·3, 2, 4, 4]
+    assert [layer.neurons for layer in found.layers] == [3 * 36, 3 * 2 * 16]
+    for layer, spikes in zip(found.layers, (first, second), strict=True):
+        assert layer.rate == pytest.approx(int((spikes != 0).sum()) / 5 / layer.neurons)
+    walked = [0, 0]
+    for step, image in product(range(steps), range(5)):
+        for channel in range(3):
+            walked[0] += walk_conv(place(first[step, image, channel : channel + 1]), cnn.b, (1, 6, 6))
+        rows = second[step].unflatten(0, (5, 3))[image].flatten(0, 1)  # [6, 4, 4]
+        walked[1] += walk_conv(place(rows), cnn.c, (6, 4, 4))
+    assert [5 * row.additions for row in found.operations[1:]] == walked
+    assert min(walked) > 0
+
+
+def test_devices_do_not_mix():
+    """On a device that computes nothing but shapes, and refuses operands of another."""
+    x = torch.rand(1, 2, 8, 8)
+    mean, number = torch.rand(1, 2, 3, 3, device="meta"), x.to("meta")
+    node = fx.symbolic_trace(nn.Sequential(pool := nn.AdaptiveAvgPool2d(3))).graph.find_nodes(
+        op="call_module", target="0"
+    )
+    assert _gathered(node[0], pool, number, mean).device.type == "meta"

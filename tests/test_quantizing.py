@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from unitstep import nets, to_spiking
 from unitstep.calibration import record
@@ -128,3 +129,46 @@ def test_weights_of_fewer_bits_stay_as_they_are():
             module.weight.copy_(q * unit)
     net = quantize(fused)
     assert all(m.weight.abs().max() == 7 for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+
+
+class BehindNoLayer(nn.Module):
+    """Neurons whose current is what another operation than a layer makes of whole numbers."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.pixels = kind, nets.Normalize([100], [0.03])
+        self.a, self.b, self.pool = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.AvgPool2d(2)
+        self.readout = nn.LazyLinear(3)
+
+    def forward(self, x):
+        x = self.pixels(x)
+        x = torch.relu(x) if self.kind == "pixels" else x
+        x = torch.relu(self.a(x))
+        if self.kind == "mean":
+            x = torch.relu(self.pool(x))
+        elif self.kind == "max":
+            x = torch.relu(F.max_pool2d(x, 2))
+        elif self.kind == "joined":
+            x = torch.relu(torch.cat([x, torch.relu(x)], 1))[:, :4]
+        return self.readout(torch.relu(self.b(x)).flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:layer .* emits no spike")  # at thresholds that are then replaced
+@pytest.mark.parametrize("kind", ["pixels", "mean", "max", "joined"])
+def test_neurons_without_a_layer_before_them_fire_alike(kind):
+    torch.manual_seed(0)
+    cnn, images = BehindNoLayer(kind), torch.randint(256, (32, 3, 12, 12), dtype=torch.uint8)
+    cnn(images)
+    for layer in (cnn.a, cnn.b, cnn.readout):  # on the grid, so that nothing is rounded
+        q, unit = rounded(layer.weight.detach())
+        layer.weight.data = q * unit
+    snn = to_spiking(cnn.eval(), images, steps=1, thresholds="percentile", percentile=70, initial=0.0)
+    before = torch.tensor(torch.inf)
+    for lif in snn.lifs.values():  # a spike of the layer before is worth more than a threshold
+        lif.threshold.data.clamp_(max=before / 16)
+        before = lif.threshold.detach()
+    fused = snn.fuse(images)
+    with torch.no_grad():
+        wanted, logits = fused(images), quantize(fused)(images)
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+    assert wanted.std(0).min() > 5e-4  # images differ

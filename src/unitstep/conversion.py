@@ -328,7 +328,13 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
         if isinstance(leaf, str) and leaf not in names:
             raise ValueError(f"leaf_modules: {type(cnn).__name__} has no module named {leaf!r}")
     tracer = _Tracer(leaf_modules)
-    net = copy.deepcopy(cnn).eval()
+    try:
+        net = copy.deepcopy(cnn).eval()
+    except RuntimeError as error:  # of tensors that are computed
+        raise ValueError(
+            f"{type(cnn).__name__} cannot be copied; if it computes weights from others, make them plain before: "
+            f"torch.nn.utils.remove_weight_norm(module) ({error})"
+        ) from error
     try:
         arguments = inspect.signature(net.forward).parameters
         options = {name: option.default for name, option in arguments.items() if option.default is not option.empty}
@@ -669,7 +675,8 @@ class _Conversion:
         first = node.args[0] if node.args else node.kwargs.get("input")
         if what in ADDITIONS or what in CONCATENATIONS:
             constant = [source for source in node.all_input_nodes if source not in inputs]
-            numbers = what in ADDITIONS and any(isinstance(arg, int | float) for arg in node.args)
+            terms = (*node.args, node.kwargs.get("other"))
+            numbers = what in ADDITIONS and any(isinstance(term, int | float) for term in terms)
             counts = "integer" if kinds == "binary" and what in ADDITIONS else kinds
             self.values[node] = ANALOG if constant or numbers or "alpha" in node.kwargs else counts
             homogeneous = not constant and not numbers
@@ -680,6 +687,8 @@ class _Conversion:
         elif what in SCALINGS and (first in inputs or what in (operator.mul, torch.mul, "mul")):
             self.values[node] = kinds if what is operator.neg and kinds != "binary" else ANALOG
             homogeneous = True
+        elif getattr(module, "return_indices", False):
+            return self._refuse(node, "it returns indices, which spikes do not have: leave return_indices out")
         elif rule is None or (module is None and first not in inputs):
             own = what in OWN_STATISTICS_FUNCTIONS or isinstance(module, OWN_STATISTICS)
             why = "normalises each image by its own statistics, which no spike knows: use batch norm"

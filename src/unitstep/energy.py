@@ -6,6 +6,7 @@ ISSCC 2014): fp32 multiplication 3.7 and addition 0.9, int8 multiplication 0.2, 
 of SRAM 100 and from DRAM 1300 pJ. No model is a measurement: none knows of control, clocks, leakage or idle parts.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ def memory(layer: Layer, steps: int, weights: int) -> Energy:
         return passes * one
 
     membranes = 0.0 if analog or steps == 1 else steps * layer["values"] * 8 * SRAM
-    return computed + Energy(  # values are written and read; pixels only read, a byte each
+    return computed + Energy(  # values are written and read; what is static is taken for pixels, only read, a byte each
         traffic(4, 1 if static else 8, 1),
         traffic(1, 1 if static else 2, 1),
         traffic(1, 1 if static else 2 if analog else 2 / 8, 1 if static else steps) + membranes,
@@ -87,9 +88,9 @@ def memory(layer: Layer, steps: int, weights: int) -> Energy:
 
 def own(multiply: float, add: float) -> Model:
     """A model of compute alone from figures of your own: pJ of a multiply-accumulate and of an accumulation in the
-    spiking network. The CNNs keep the figures for 45 nm. ValueError if one is negative."""
-    if multiply < 0 or add < 0:
-        raise ValueError(f"energies are not negative, unlike {multiply} or {add} pJ")
+    spiking network. The CNNs keep the figures for 45 nm. ValueError if one is not above 0."""
+    if not (0 < multiply < math.inf and 0 < add < math.inf):
+        raise ValueError(f"energies are above 0, unlike {multiply} or {add} pJ")
 
     def model(layer: Layer, steps: int, weights: int) -> Energy:
         return _compute(multiply, add, layer)

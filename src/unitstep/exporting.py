@@ -101,6 +101,8 @@ def to_onnx(
         raise ValueError(f"the 8-bit form is for one timestep, not {steps}: export in floating point (--form float)")
     if form == "int8" and images.dtype != torch.uint8:
         raise ValueError(f"the 8-bit form takes raw pixels, uint8, not {images.dtype}: export in floating point")
+    if not len(images) or (labels is not None and len(labels) != len(images)):
+        raise ValueError(f"{len(images)} images and {0 if labels is None else len(labels)} labels: give some, as many")
     snn, images = copy.deepcopy(snn).eval().cpu(), images.cpu()
     fused = snn.fuse(images, steps)
     rounded = quantize(fused) if form == "int8" else None
@@ -108,8 +110,12 @@ def to_onnx(
     told: dict[str, Any] = {"format": 1, "form": form, "steps": steps, "input": list(images.shape[1:])}
     told |= {"pixels": str(images.dtype).removeprefix("torch."), **(about or {})}
     onnx.helper.set_model_props(model, {KEY: json.dumps(told)})
-    onnx.checker.check_model(model, full_check=True)
-    parity = _compare(model, snn, rounded, images, labels, steps)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        parity = _compare(model, snn, rounded, images, labels, steps)
+    except Exception as error:  # of ONNX and its runtime, of many kinds
+        reason = str(error).strip().splitlines()[0][:300]
+        raise ValueError(f"not written: ONNX does not run this network as PyTorch does ({reason})") from error
     if wild := [layer.name for layer in parity.layers if layer.unexplained]:
         raise ValueError(
             f"not written: in ONNX Runtime {len(wild)} layers spike otherwise than here, first {wild[0]}, and no "

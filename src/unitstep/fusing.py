@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils import parametrize
 
 from unitstep.neuron import LIF, SharedDropout, check_steps, membranes, read_out, repeat
 
@@ -120,12 +121,24 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
                 node.name = str(node.target).removeprefix("neurons.")
                 module = Fire(module, steps, bool(node.kwargs.get("static")))
                 node.args, node.kwargs = node.args[:1], {}
-            root.add_module(node.name, copy.deepcopy(module))
+            root.add_module(node.name, _plain(module))
             node.target = node.name
         elif node.op == "get_attr":
             root.register_buffer(node.name, operator.attrgetter(str(node.target))(snn).detach().clone())
             node.target = node.name
     return fx.GraphModule(root, graph, type(snn).__name__)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A copy. What `module` computes from other tensors, as weight norm does, is a parameter of it."""
+    plain = copy.deepcopy(module)
+    if parametrize.is_parametrized(module):
+        computed = {name: getattr(module, name).detach() for name in plain.parametrizations}  # type: ignore[union-attr]
+        plain.__class__ = parametrize.type_before_parametrizations(module)
+        del plain.parametrizations
+        for name, value in computed.items():
+            plain.register_parameter(name, nn.Parameter(value.clone()))
+    return plain
 
 
 def _put_number(node: fx.Node, number: int) -> None:
@@ -178,7 +191,8 @@ def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) 
     if not node.meta.get("homogeneous") and node.target is not repeat:
         return None
     sources = parts(node) if node.target in CATS else values(node)
-    given = [heights.get(source, torch.ones(())) for source in sources]
+    one = torch.ones((), device=next(net.buffers()).device)
+    given = [heights.get(source, one) for source in sources]
     if all(height.dim() == 0 and torch.equal(height, given[0]) for height in given):
         return given[0]
     module = module_of(net, node)
@@ -186,7 +200,7 @@ def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) 
         return given[0]
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):  # C·k features, k per channel
         return given[0] if all(isinstance(module_of(net, user), nn.Linear) for user in node.users) else None
-    if node.target in CATS and argument(node, "dim", 1, 0) == 1:
+    if node.target in CATS and joined_along(node) == 1:
         channels = [_channels(net, source) for source in sources]
         if None not in channels:
             return torch.cat([height.expand(n) for height, n in zip(given, channels, strict=True)])  # type: ignore[arg-type]
@@ -200,7 +214,7 @@ def _channels(net: fx.GraphModule, node: fx.Node) -> int | None:
         return module.out_channels
     if isinstance(module, (Fire, *POOLS, *BATCH_NORMS)):
         return _channels(net, node.all_input_nodes[0])
-    if node.target in CATS and argument(node, "dim", 1, 0) == 1:
+    if node.target in CATS and joined_along(node) == 1:
         channels = [_channels(net, source) for source in parts(node)]
         return None if None in channels else sum(count for count in channels if count is not None)
     return None
@@ -274,6 +288,11 @@ def values(node: fx.Node) -> list[fx.Node]:
 def parts(concatenation: fx.Node) -> list[fx.Node]:
     """What a concatenation puts next to each other. A value may be there twice; `all_input_nodes` has it once."""
     return list(argument(concatenation, "tensors", 0))
+
+
+def joined_along(concatenation: fx.Node) -> Any:
+    """The dimension in which a concatenation does so."""
+    return argument(concatenation, "dim", 1, concatenation.kwargs.get("axis", 0))
 
 
 def argument(node: fx.Node, name: str, position: int, default: Any = None) -> Any:

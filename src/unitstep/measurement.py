@@ -22,7 +22,7 @@ from unitstep.files import read_json, write_json
 from unitstep.fusing import per_channel
 from unitstep.ladder import choose_device, forward
 from unitstep.neuron import LIF, compiled, compiler_available, membranes
-from unitstep.operations import Input, Operation, operations
+from unitstep.operations import Input, Operation, of_rows, operations
 from unitstep.runs import SCHEMA, Finished, Run, provenance
 from unitstep.speed import time_run
 
@@ -111,13 +111,15 @@ def measure(
     (None: it is a CNN), in fp32.
 
     `net` is put in evaluation mode, on `device`. progress: called with the number of images done so far. ValueError if
-    there are no images.
+    there are no images, if the network does not give logits [B, classes], or if `steps` is not of its kind.
     """
+    if isinstance(net, Spiking) != (steps is not None):
+        raise ValueError("a spiking network is measured at a number of timesteps, a CNN at steps=None")
     where = choose_device(device)
     net = net.eval().to(where)
     batches = iter(data.batches(max(1, 512 // (steps or 1))) if isinstance(data, Split) else data)
     first = next(batches, None)
-    if first is None:
+    if first is None or not len(first[0]):
         raise ValueError("there are no images to measure on")
     snn, found = net, _operations(net, first[0][:1].to(where), steps)
     lifs = net.lifs if isinstance(net, Spiking) and steps is not None else {}
@@ -130,17 +132,23 @@ def measure(
 
     def count(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _inputs: Any, out: Tensor) -> None:
-            fired = _times_fired(out, module)
+            k = _rows_per_image(name, out, at_once * (steps or 1))
+            fired = of_rows(torch.stack([_times_fired(out[row::k], module) for row in range(k)]))
             spikes[name] = spikes[name] + fired if name in spikes else fired
 
         return hook
 
+    at_once = 0
     hooks = [module.register_forward_hook(count(name)) for name, module in counted.items()]
     right, images_seen, confusion, started = 0, 0, torch.zeros(0), time.perf_counter()
     try:
         with torch.no_grad(), compiled(where.type == "cuda" and compiler_available(where)):
             for images, labels in itertools.chain([first], batches):
+                at_once = len(images)
                 logits = forward(net, images.to(where), steps)
+                if not isinstance(logits, Tensor) or logits.dim() != 2:
+                    shape = f"of shape {list(logits.shape)}" if isinstance(logits, Tensor) else "more than a tensor"
+                    raise ValueError(f"the network's output is {shape}, not logits [B, classes]: give it such a head")
                 said, labels = logits.argmax(1), labels.to(where).long()
                 right += int((said == labels).sum())
                 images_seen += len(labels)
@@ -175,6 +183,13 @@ def _operations(net: nn.Module, image: Tensor, steps: int | None) -> tuple[Opera
         return operations(trace(net), image) if steps is None else ()
     except ValueError:
         return ()
+
+
+def _rows_per_image(name: str, out: Tensor, images: int) -> int:
+    """k, for a layer behind a reshape into k rows per image; of all steps, so `images` is T·B."""
+    if len(out) % images or not len(out):
+        raise ValueError(f"layer {name} has {len(out)} rows for {images} images, so it mixes images: it is not counted")
+    return len(out) // images
 
 
 def _times_fired(out: Tensor, module: nn.Module) -> Tensor:

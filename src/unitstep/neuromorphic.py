@@ -99,7 +99,7 @@ class _Writer:
 
     def _operation(self, node: fx.Node, module: Any) -> bool:
         """Write one operation; False if there is no form of it."""
-        source = node.all_input_nodes[0]
+        source = values(node)[0]
         if len(values(node)) > 1:
             return False
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -138,14 +138,16 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         return getattr(self, node.op)(node.target, args, kwargs)
 
     def _weighted(self, node: fx.Node, module: nn.Module | None, macs: int) -> None:
-        source = node.all_input_nodes[0]
+        functional = module is None and node.target in WEIGHTED
+        source = argument(node, "input", 0) if functional else node.all_input_nodes[0]
         given: Tensor = self.env[source]
         static = node.meta.get("axis") != "time"
         weights = sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-        if module is None:
-            weights = sum(self.env[each].numel() for each in node.all_input_nodes if each.op == "get_attr")
+        if functional:
+            own = (argument(node, "weight", 1), argument(node, "bias", 2))
+            weights = sum(self.env[each].numel() for each in own if isinstance(each, fx.Node))
         spikes = self.spikes.get(source)
-        known = isinstance(module, (*CONVOLUTIONS, nn.Linear)) or (module is None and node.target in WEIGHTED)
+        known = isinstance(module, (*CONVOLUTIONS, nn.Linear)) or functional
         if spikes is None or not known or bool((given[spikes.number == 0] != 0).any()):
             self.found.append(Operation(node.name, "analog", static, macs, weights, given.numel()))
             return
@@ -153,7 +155,7 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
             reached = self._reached(node, module, spikes.number).sum()
         sources = list(spikes.sources.values())
         maps = torch.autograd.grad(reached, sources, retain_graph=True)
-        fan_out = {name: found[0].round().long() for name, found in zip(spikes.sources, maps, strict=True)}
+        fan_out = {name: of_rows(found.round().long()) for name, found in zip(spikes.sources, maps, strict=True)}
         fed = sum(number.numel() for number in sources)
         self.found.append(Operation(node.name, spikes.kind, static, macs, weights, fed, spikes.neurons, fan_out))
 
@@ -167,6 +169,11 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         weight = torch.ones_like(self.env[argument(node, "weight", 1)], dtype=number.dtype)
         rest = {key: value for key, value in node.kwargs.items() if key not in ("input", "weight", "bias")}
         return node.target(number, weight, None, *node.args[3:], **rest)  # type: ignore[operator,no-any-return]
+
+
+def of_rows(each: Tensor) -> Tensor:
+    """What is known of each neuron, [k, C, …], of the k rows that an image has, mostly one → [C, …], or [C, …, k]."""
+    return each[0] if len(each) == 1 else each.movedim(0, -1)
 
 
 def _joined(entering: list[_Spikes]) -> dict[str, Tensor]:
@@ -185,7 +192,7 @@ def _gathered(node: fx.Node, module: nn.Module | None, number: Tensor, mean: Any
         for dimension in range(2, mean.dim()):
             m, n = number.shape[dimension], mean.shape[dimension]
             sizes = [-(-(i + 1) * m // n) - i * m // n for i in range(n)]
-            mean = mean * torch.tensor(sizes).view(-1, *[1] * (mean.dim() - dimension - 1))
+            mean = mean * torch.tensor(sizes, device=mean.device).view(-1, *[1] * (mean.dim() - dimension - 1))
         return mean  # type: ignore[no-any-return]
     options = ("kernel_size", "stride", "padding", "ceil_mode")
     if module is not None:

@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from unitstep.fusing import CATS, Fire, Scale, argument, kind_of, module_of, parts, per_channel
+from unitstep.fusing import CATS, Fire, Scale, joined_along, kind_of, module_of, parts, per_channel
 from unitstep.nets import Normalize
 from unitstep.quantizing import LARGEST, Centre, SumPool, Unscale, flattens, pair
 
@@ -127,7 +127,7 @@ class _Integer:
         if flattens(node, module):
             return self._handed_on("Flatten", name, given[0])
         if node.target in CATS and len(given) == len(node.all_input_nodes):
-            return self._cat(node, [self.values[source] for source in parts(node)], argument(node, "dim", 1, 0))
+            return self._cat(node, [self.values[source] for source in parts(node)], joined_along(node))
         real = [write.whole(value, name) for value in given]  # from here on everything is in floating point
         if isinstance(module, Fire):
             over = write.add("Greater", [real[0], self._vector(node, "threshold", module.threshold)], f"{name}_over")

@@ -24,15 +24,16 @@ from unitstep.fusing import (
     CATS,
     Fire,
     Scale,
-    argument,
     called_once,
     fuse,
+    joined_along,
     module_of,
     parts,
     per_channel,
     scale_input,
     scale_inputs_,
     sums_channels,
+    values,
 )
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF
@@ -164,6 +165,7 @@ class _Quantization:
         if isinstance(module, Normalize):
             return self._pixels(node, module)
         if isinstance(module, Fire):
+            self._stand_for(node)  # without a layer before it, its threshold is one of real numbers
             return Whole(torch.ones(()), 0, 1)
         if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
             return self._pool(node, module)
@@ -253,7 +255,7 @@ class _Quantization:
     def _same(self, node: fx.Node, module: nn.Module | None) -> Whole | None:
         """What hands whole numbers on, or puts them next to each other."""
         given = [self.whole[source] for source in node.all_input_nodes if source in self.whole]
-        if node.target in CATS and argument(node, "dim", 1, 0) == 1 and len(given) == len(node.all_input_nodes):
+        if node.target in CATS and joined_along(node) == 1 and len(given) == len(node.all_input_nodes):
             given = [self.whole[source] for source in parts(node)]
             shapes = [source.meta["tensor_meta"].shape for source in parts(node)]
             if all(len(shape) == 4 for shape in shapes) and all(each.least == 0 for each in given):
@@ -273,7 +275,7 @@ def flattens(node: fx.Node, module: nn.Module | None) -> bool:
         return bool(module.start_dim == 1 and module.end_dim == -1)
     if module is not None or node.target not in (torch.flatten, "flatten", torch.reshape, "reshape", "view"):
         return False
-    before, after = (each.meta["tensor_meta"].shape for each in (node.all_input_nodes[0], node))
+    before, after = (each.meta["tensor_meta"].shape for each in (values(node)[0], node))
     return len(after) == 2 and after[0] == before[0]
 
 
