@@ -137,7 +137,7 @@ class BehindNoLayer(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.kind, self.pixels = kind, nets.Normalize([100], [0.03])
-        self.a, self.b, self.pool = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.AvgPool2d(2)
+        self.a, self.pool = nn.Conv2d(3, 4, 3), nn.AvgPool2d(2)
         self.readout = nn.LazyLinear(3)
 
     def forward(self, x):
@@ -150,7 +150,7 @@ class BehindNoLayer(nn.Module):
             x = torch.relu(F.max_pool2d(x, 2))
         elif self.kind == "joined":
             x = torch.relu(torch.cat([x, torch.relu(x)], 1))[:, :4]
-        return self.readout(torch.relu(self.b(x)).flatten(1))
+        return self.readout(x.flatten(1))
 
 
 @pytest.mark.filterwarnings("ignore:layer .* emits no spike")  # at thresholds that are then replaced
@@ -159,16 +159,16 @@ def test_neurons_without_a_layer_before_them_fire_alike(kind):
     torch.manual_seed(0)
     cnn, images = BehindNoLayer(kind), torch.randint(256, (32, 3, 12, 12), dtype=torch.uint8)
     cnn(images)
-    for layer in (cnn.a, cnn.b, cnn.readout):  # on the grid, so that nothing is rounded
+    for layer in (cnn.a, cnn.readout):  # on the grid, so that nothing is rounded
         q, unit = rounded(layer.weight.detach())
         layer.weight.data = q * unit
     snn = to_spiking(cnn.eval(), images, steps=1, thresholds="percentile", percentile=70, initial=0.0)
     before = torch.tensor(torch.inf)
-    for lif in snn.lifs.values():  # a spike of the layer before is worth more than a threshold
-        lif.threshold.data.clamp_(max=before / 16)
+    for lif in snn.lifs.values():  # of less worth than spikes of the layer before; and none on a tie
+        lif.threshold.data.clamp_(max=before / 2).mul_(0.97)
         before = lif.threshold.detach()
     fused = snn.fuse(images)
     with torch.no_grad():
         wanted, logits = fused(images), quantize(fused)(images)
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
-    assert wanted.std(0).min() > 5e-4  # images differ
+    assert wanted.std(0).min() > 1e-2  # images differ
