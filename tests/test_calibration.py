@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from unitstep import nets, record, to_spiking
-from unitstep.calibration import calibrate_, unroll
+from unitstep.calibration import _least_squares, calibrate_, unroll
 from unitstep.conversion import spiking
 
 # One threshold per layer, membranes from 0: what can be followed by hand.
@@ -183,3 +183,11 @@ def test_one_step_after_another_is_all_at_once(thresholds, initial):
     with torch.no_grad():
         torch.testing.assert_close(steps.mean(0), snn(images, steps=5))
         torch.testing.assert_close(steps[0], snn(images, steps=1))
+
+
+def test_least_squares_sees_the_whole_image():
+    """More currents than are looked at, 1, but for 0 in one column, on which a stride could fall."""
+    for batch in (123, 124, 128):
+        current = torch.ones(1, batch, 64, 32, 32)
+        current[..., 0] = 0
+        assert 0.4 < _least_squares(iter([current]), 2, 0.0, None) < 1

@@ -98,6 +98,7 @@ def test_help_explains_every_field(capsys):
     [
         (["train", "cifar10-vg16", "--out", "x"], 1, "did you mean cifar10-vgg16"),
         (["train"], 2, "RECIPE is one of: fashion-mini"),
+        (["train", "fashion-mini", "--out", "x", "--threads", "0"], 1, "--threads must be 1 or more"),
         (["fly"], 2, "no verb 'fly'"),
         (["measure", "nowhere"], 1, "nowhere is not a run folder"),
         (["train", "fashion-mini", "--out", "x", "--data", "./nowhere"], 1, "no such folder"),

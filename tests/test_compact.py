@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks import gpu
 from tests.small import small
-from unitstep import load, measure, pretrained
+from unitstep import load, measure, pretrained, train
 from unitstep.compact import MODELS, load_compact, save_compact
 from unitstep.data import load_test, pack
 from unitstep.files import read_json
@@ -33,6 +34,17 @@ def test_weights_are_rounded_to_a_127th_of_the_largest_of_their_row(unbroken, tm
     with torch.no_grad():
         same = ours(images, steps=1).argmax(1) == theirs(images, steps=1).argmax(1)
     assert same.float().mean() > 0.7  # a network after a few optimiser steps: chance is 0.1
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_weights_that_were_trained_in_few_bits_stay(bits, unbroken, tmp_path):
+    stages = small(1).stages
+    recipe = small(stages=(stages[0], replace(stages[1], weight_bits=bits)))
+    run = train(recipe, tmp_path / "run", cnn=unbroken)
+    save_compact(run, tmp_path / "net.safetensors")
+    ours, theirs = (net.state_dict() for net in (load_compact(tmp_path / "net.safetensors"), load(run)))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x10" * 50])

@@ -128,6 +128,9 @@ def test_own_cnn_from_conversion_to_one_timestep(folder, capsys, monkeypatch):
     assert "T = 1" in capsys.readouterr().out
     assert load("runs/mine", steps=1)(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 10)
 
+    assert main(["train", "--from", "runs/mine", "--out", "runs/other"]) == 1
+    assert "leave out --out" in capsys.readouterr().err
+    assert not Path("runs/other").exists()
     assert main(arguments) == 1
     assert "is a run already: go on with unitstep train --from" in capsys.readouterr().err
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(folder)])

@@ -77,6 +77,8 @@ def test_two_ladders_from_one_cnn(unbroken, tmp_path):
     assert [stage.stage.steps for stage in run.stages] == [None, 1]
     with pytest.raises(ValueError, match="is not this recipe's network"):
         train(replace(straight, net="vgg-small"), tmp_path / "other", cnn=unbroken)
+    with pytest.raises(ValueError, match=r"is not this recipe's network: other pool, pixel_scale"):
+        train(replace(straight, pool="max", pixel_scale=(1 / 50,)), tmp_path / "pool", cnn=unbroken)
     with pytest.raises(ValueError, match="is not a run folder"):
         train(straight, tmp_path / "none", cnn=tmp_path / "nothing")
 
@@ -122,6 +124,16 @@ def test_time_limit_stops_with_a_saved_state(unbroken, tmp_path):
         assert calls < 40
     assert calls > 3
     assert_same(run, unbroken)
+
+
+def test_thresholds_per_channel_are_resumed(unbroken, tmp_path):
+    recipe = small(1, thresholds="channel-percentile", height="unit")
+    once = train(recipe, tmp_path / "once", cnn=unbroken)
+    while len((again := train(recipe, tmp_path / "again", cnn=unbroken, time_limit=0.0)).stages) < 2:
+        pass
+    first, second = (run.net(1).state_dict() for run in (once, again))
+    assert first["neurons.relu1.threshold"].dim() == 1
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_last_epochs_weights_are_kept_on_request(tmp_path):

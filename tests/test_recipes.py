@@ -81,6 +81,7 @@ def test_wrong_fields_are_refused(field, value, message):
     [
         ({"steps": 0}, "steps of 1 or more"),
         ({"epochs": 0}, "epochs must be greater than 0"),
+        ({"epochs": float("inf")}, "epochs must be greater than 0, and finite"),
         ({"lr": -1.0}, "lr must be greater than 0"),
         ({"batch": 10, "accumulate": 3}, "cannot be cut into 3 equal parts"),
         ({"warmup": 1.0}, "shares from 0 to 1"),
@@ -102,6 +103,18 @@ def test_wrong_ladders_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             Recipe("mine", "fashion-mini", "vgg-mini", stages)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("percentile", 0.0), ("percentile", 150.0), ("scale", 0.0), ("initial", 1.0), ("calibration_images", 0),
+        ("calibration_steps", -1), ("norm", "folded"), ("thresholds", "median"), ("readout", "max"),
+    ],
+)  # fmt: skip
+def test_what_calibration_would_refuse_is_refused_before_the_cnn_is_trained(field, value):
+    with pytest.raises(ValueError, match=field):
+        recipe("fashion-mini", **{field: value})
 
 
 @pytest.mark.parametrize("module", ["unitstep", "unitstep.recipes", "unitstep.cli"])

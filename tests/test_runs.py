@@ -22,9 +22,27 @@ def run(unbroken, tmp_path) -> Run:
 
 
 def test_another_recipe_is_refused_with_the_difference(tmp_path):
-    open_run(tmp_path, small(1))
+    run = open_run(tmp_path, small(1))
+    run.save(run.stage_path(0), {}, 0)
     with pytest.raises(ValueError, match=r"made by another recipe.*\n  seed: 0 → 7"):
         open_run(tmp_path, replace(small(1), seed=7))
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_another_recipe(tmp_path):
+    """As after a mistake in the first command."""
+    for bad, message in (({"net": "vgg-mimi"}, "no network named"), ({"data": "phtos"}, "phtos")):
+        with pytest.raises(ValueError, match=message):
+            train(replace(small(1), **bad), tmp_path)
+    with locked(open_run(tmp_path, small(1))), pytest.raises(ValueError, match="another process is at work"):
+        open_run(tmp_path, replace(small(1), seed=7))
+    assert open_run(tmp_path, replace(small(1), seed=7)).recipe.seed == 7
+
+
+def test_what_a_killed_process_left_half_written_goes(run):
+    left = run.path / ".state.safetensors.1234"
+    left.write_bytes(b"half")
+    train(run.recipe, run.path)
+    assert not left.exists()
 
 
 def test_truncated_and_foreign_files_are_named_and_left_alone(run):

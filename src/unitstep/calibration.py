@@ -82,9 +82,9 @@ def calibrate_(
       response to it, V/T·clip(⌈(T·x + initial·V)/V⌉ − 1, 0, T), by search over 200 fractions of the largest x.
 
     A capped rectifier's V is at most its cap; V₀ ≤ 0 gives V = 0.1. Leaks become 1.
-    refresh_norms: batch norms that were kept take their statistics from these images, too.  Steps run `window` at a
-    time, so memory does not grow with their number; beyond one window the time grows with the square of the number of
-    layers. Warns with the name of a layer that emits no spike.
+    refresh_norms: batch norms that were kept take their statistics from these images, too, of the last window.  Steps
+    run `window` at a time, so memory does not grow with their number; beyond one window the time grows with the square
+    of the number of layers. Warns with the name of a layer that emits no spike.
     """
     check_steps(steps)
     over = check_steps(calibration_steps or steps)
@@ -154,7 +154,8 @@ def _least_squares(currents: Iterator[Tensor], steps: int, initial: float, cap: 
     """The threshold whose response over `steps` to the mean current is nearest to ReLU, or to the capped ReLU."""
     sums = [(window.sum(0), len(window)) for window in currents]
     x = (torch.stack([total for total, _ in sums]).sum(0) / sum(length for _, length in sums)).flatten()
-    x = x[:: 1 + len(x) // SAMPLE]
+    if len(x) > SAMPLE:  # at random places: equal strides could meet one column of the image only
+        x = x[torch.randint(len(x), (SAMPLE,), generator=torch.Generator().manual_seed(0)).to(x.device)]
     top = x.max() if cap is None else x.max().clamp(max=cap)
     wanted = x.clamp(0, cap)
     best, V = math.inf, top

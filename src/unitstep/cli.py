@@ -91,6 +91,15 @@ def _console() -> "Console":
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
+def _use(threads: int | None) -> None:
+    import torch
+
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads must be 1 or more, not {threads}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def _recipes(arguments: list[str]) -> int:
     import tyro
     from rich.table import Column, Table
@@ -123,6 +132,11 @@ def _train(arguments: list[str]) -> int:
         from unitstep.runs import Run
 
         path, *options = options
+        if any(option.split("=")[0] == "--out" for option in options):
+            raise ValueError(
+                "train --from goes on in RUN itself: leave out --out; another ladder from its CNN is made by unitstep "
+                f"train RECIPE --out NEW --cnn {path}"
+            )
         name, shipped, options = f"--from {path}", Run(path).recipe, [*options, "--out", path]
     elif not name or name.startswith("-"):
         _say(usage)
@@ -158,12 +172,10 @@ def _train(arguments: list[str]) -> int:
             bad_images: What to do with images that cannot be read.
             threads: CPU threads to use; None: all cores.
         """
-        import torch
 
         from unitstep import ladder
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _use(threads)
         again = shlex.join(["unitstep", "train", *arguments])
         with _bars() as bars:
             try:
@@ -232,8 +244,7 @@ def _convert(arguments: list[str]) -> int:
         from unitstep.conversion import ConversionError
         from unitstep.drawing import draw_currents
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _use(threads)
         try:
             made = ladder.convert(
                 recipe, out, weights=weights, device=device, precision=precision, bad_images=bad_images
@@ -313,7 +324,6 @@ def _measure(arguments: list[str]) -> int:
                 rate code, for what the last network reaches; on validation images, in up to a quarter of an hour.
             threads: CPU threads to use; None: all cores.
         """
-        import torch
 
         from unitstep import energy, measurement
         from unitstep.groups import read_groups
@@ -321,8 +331,7 @@ def _measure(arguments: list[str]) -> int:
 
         models = energy.MODELS | ({"own": energy.own(*pj)} if pj else {})
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _use(threads)
         with _bars() as bars:
             measurement.measure_run(
                 run, data=data, device=device, bad_images=bad_images, speed=speed, curve=curve,
@@ -394,14 +403,12 @@ def _export(arguments: list[str]) -> int:
             bad_images: What to do with images that cannot be read.
             threads: CPU threads to use; None: all cores.
         """
-        import torch
 
         from unitstep.data import load_train
         from unitstep.exporting import describe, to_onnx
         from unitstep.runs import Run, load
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _use(threads)
         if images < 1:
             raise ValueError(f"--images must be 1 or more, not {images}")
         trained = Run(run)

@@ -1,7 +1,8 @@
 """A trained spiking network as one small file: 8-bit weights, everything else in fp32. Knows nothing of training.
 
 Each matrix or kernel W is stored as int8 q with one scale a per row of its first dimension, the output channel (the
-input channel if transposed), as `unitstep.rounding` rounds. Thresholds, leaks, biases and batch norms stay as they are.
+input channel if transposed), as `unitstep.rounding` rounds; weights that were trained in fewer bits keep those.
+Thresholds, leaks, biases and batch norms stay as they are.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from unitstep.conversion import Spiking
 from unitstep.files import read_tensors, write_tensors
 from unitstep.recipes import recipe_from_dict, without_folder
-from unitstep.rounding import LAYERS, rounded
+from unitstep.rounding import LAYERS, on_grid
 from unitstep.runs import SCHEMA, Run, rebuild
 
 SCALE = ".scale"  # after a tensor's name: its scales
@@ -38,7 +39,7 @@ def save_compact(run: Run, path: str | Path) -> None:
     weights = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, LAYERS)}
     for name, tensor in net.state_dict().items():
         if name in weights:
-            q, unit = rounded(tensor)
+            q, unit, _ = on_grid(tensor)
             tensors[name], tensors[name + SCALE] = q.to(torch.int8), unit.flatten()
         else:
             tensors[name] = tensor

@@ -35,7 +35,18 @@ from unitstep.recipes import Recipe, Stage
 from unitstep.recomputing import recomputing
 from unitstep.replaying import Replayed
 from unitstep.rounding import round_weights_
-from unitstep.runs import SCHEMA, Run, build_cnn, build_snn, finding, locked, open_run, rebuild, structure
+from unitstep.runs import (
+    SCHEMA,
+    Run,
+    build_cnn,
+    build_snn,
+    finding,
+    locked,
+    open_run,
+    rebuild,
+    shape_thresholds_,
+    structure,
+)
 from unitstep.timing import forget_peak, peak
 from unitstep.whitening import plain_state, whiten_
 
@@ -122,6 +133,9 @@ def train(
         raise ValueError(f"{run.path} was begun in {begun} and goes on only so: leave --precision at auto")
     limit = math.inf if time_limit is None else started + 60 * time_limit
     with locked(run), _sigint() as interrupted:
+        for name in ("state", *(f"{index}-{stage.name}" for index, stage in enumerate(recipe.stages))):
+            for aside in run.path.glob(f".{name}.safetensors.*"):  # of a process that was killed while it wrote
+                aside.unlink(missing_ok=True)
         train_split, val_split = load_train(
             recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
         )
@@ -159,6 +173,9 @@ def _take_cnn(run: Run, source: Run, classes: tuple[str, ...]) -> None:
     if not source.stage_path(0).exists():
         raise ValueError(f"{source.path} has no trained CNN to start from: unitstep train goes on with it")
     tensors, info = source.load(source.stage_path(0), 0)
+    alike = ("net", "size", "channels", "pool", "pixel_zero", "pixel_scale")
+    if other := [name for name in alike if getattr(source.recipe, name) != getattr(run.recipe, name)]:
+        raise ValueError(f"the CNN of {source.path} is not this recipe's network: other {', '.join(other)}")
     try:
         rebuild(run.recipe, len(classes), tensors, spikes=False)
     except ValueError as error:
@@ -202,7 +219,7 @@ def convert(
     """
     where, path = choose_device(device), Path(out)
     chosen = "bf16" if _precision(precision, where) else "fp32"
-    if (path / "recipe.json").exists():
+    if (path / "recipe.json").exists() and any(path.glob("*.safetensors")):
         raise ValueError(f"{path} is a run already: go on with unitstep train --from {path}, or choose another folder")
     if len(recipe.stages) < 2:
         raise ValueError("the recipe has no spiking stage to convert for")
@@ -288,6 +305,8 @@ class _Fit:
         self.losses: list[Tensor] = []  # of the epoch so far; on the device, so that no step waits for the last
         state = self._saved_state()
         net = self._start(fresh=state is None)
+        if state is not None and isinstance(net, Spiking):
+            shape_thresholds_(net, _under("model.", state[0]))
         self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if run.recipe.whiten:
             images = calibration_images(run.recipe, train).to(device)
@@ -668,8 +687,8 @@ def _precision(name: str, device: torch.device) -> bool:
     if name == "bf16" and faster is None:
         raise ValueError(
             "bf16 matrix products crash on this processor, as they do where a virtual machine announces AMX but hides "
-            "its tile sizes (CPUID leaf 0x1D): "
-            "use --precision fp32, or set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+            "its tile sizes (CPUID leaf 0x1D): set the environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, or "
+            "begin a run with --precision fp32"
         )
     return name == "bf16" or (faster is not None and faster > BF16_FROM)
 

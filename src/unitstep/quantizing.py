@@ -37,10 +37,9 @@ from unitstep.fusing import (
 )
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF
-from unitstep.rounding import rounded
+from unitstep.rounding import on_grid
 
 LARGEST = 255  # of the whole numbers that 8 bits hold
-ON_GRID = 1e-3  # units: weights that are whole numbers up to the rounding of folded batch norms and heights
 
 
 class Centre(nn.Module):
@@ -128,15 +127,6 @@ def centre_thresholds_(snn: fx.GraphModule, images: Tensor) -> None:
                 bias.add_(centring.to(bias))
 
 
-def _on_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, bool]:
-    """`rounded`, and whether that changes nothing: in the fewest bits with which it does not, else in `bits`."""
-    for fewer in range(2, bits + 1):
-        q, unit = rounded(weight, fewer)
-        if bool(((q * unit - weight).abs() <= ON_GRID * unit).all()):
-            return q, unit, True
-    return q, unit, False
-
-
 @dataclass
 class _Quantization:
     net: fx.GraphModule
@@ -207,7 +197,7 @@ class _Quantization:
             return False
         scale_inputs_(layer, given.unit)
         node.meta["integer"] = True
-        q, unit, as_trained = _on_grid(layer.weight.detach().double(), self.bits)
+        q, unit, as_trained = on_grid(layer.weight.detach().double(), self.bits)
         node.meta["rounded"] = not as_trained
         factor = unit.flatten()
         bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.detach().double()

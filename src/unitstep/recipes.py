@@ -8,6 +8,7 @@ for less hardware.
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -67,8 +68,8 @@ class Stage:
             raise ValueError(f"a stage needs steps of 1 or more (or None for the CNN), not {self.steps}")
         for field in ("epochs", "lr", "vector_lr", "batch", "accumulate", "factor"):
             given = field == "epochs" and self.steps is None and self.epochs == 0
-            if not getattr(self, field) > 0 and not given:
-                raise ValueError(f"a stage's {field} must be greater than 0, not {getattr(self, field)}")
+            if not 0 < getattr(self, field) < math.inf and not given:
+                raise ValueError(f"a stage's {field} must be greater than 0, and finite, not {getattr(self, field)}")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"a batch of {self.batch} images cannot be cut into {self.accumulate} equal parts (accumulate)"
@@ -185,6 +186,18 @@ class Recipe:
             raise ValueError(f"cutout goes with augment flip or crop-flip, not {self.augment}: set it to 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to 1, not {self.dropout}")
+        for name, kind in get_type_hints(Recipe).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        # what calibration would refuse, but after the CNN has been trained
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile must be above 0 and at most 100, not {self.percentile}")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be greater than 0, not {self.scale}")
+        if not 0 <= self.initial < 1:
+            raise ValueError(f"initial must be from 0 to 1, as a fraction of the threshold, not {self.initial}")
+        if self.calibration_images < 1 or (self.calibration_steps or 1) < 1:
+            raise ValueError("calibration_images and calibration_steps must be 1 or more")
 
     @property
     def heights_per_channel(self) -> bool:

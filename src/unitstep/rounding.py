@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+ON_GRID = 1e-3  # units: weights that are whole numbers up to the rounding of folded batch norms and heights
 
 
 def rounded(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -23,6 +24,15 @@ def rounded(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     unit = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True) / (2 ** (bits - 1) - 1)
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     return (weight / unit).round(), unit
+
+
+def on_grid(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, bool]:
+    """`rounded`, and whether that changes nothing: in the fewest bits with which it does not, else in `bits`."""
+    for fewer in range(2, bits + 1):
+        q, unit = rounded(weight, fewer)
+        if bool(((q * unit - weight).abs() <= ON_GRID * unit).all()):
+            return q, unit, True
+    return q, unit, False
 
 
 class _Round(torch.autograd.Function):

@@ -199,10 +199,7 @@ def rebuild(recipe: Recipe, classes: int, tensors: dict[str, Tensor], *, spikes:
     net = build_cnn(recipe, classes)
     if spikes:
         net = build_snn(recipe, net)
-        for name, lif in net.lifs.items():
-            V = tensors.get(f"neurons.{name}.threshold")
-            if V is not None and V.dim():  # one per channel
-                lif.threshold = nn.Parameter(V)
+        shape_thresholds_(net, tensors)
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
@@ -210,13 +207,26 @@ def rebuild(recipe: Recipe, classes: int, tensors: dict[str, Tensor], *, spikes:
     return net.eval()
 
 
+def shape_thresholds_(snn: Spiking, tensors: dict[str, Tensor]) -> None:
+    """Give each layer as many thresholds, one or one per channel, as it has in the state dict `tensors`."""
+    for name, lif in snn.lifs.items():
+        V = tensors.get(f"neurons.{name}.threshold", lif.threshold)
+        if V.dim():
+            lif.threshold = nn.Parameter(V.clone())
+
+
 def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
-    """The run folder `out`, made if it is not there. ValueError if it was made by another recipe, or cannot be written
-    to."""
-    path = Path(out)
+    """The run folder `out`, made if it is not there. ValueError if something was trained there by another recipe, or if
+    it cannot be written to."""
+    path, about = Path(out), {"schema": SCHEMA, "recipe": recipe.to_dict(), **about, **provenance()}
     if (path / "recipe.json").exists():
         run = Run(path)
-        if changes := differences(run.recipe, recipe):
+        changes = differences(run.recipe, recipe)
+        if changes and not any(path.glob("*.safetensors")):  # of a command that failed: there is nothing to protect
+            with locked(run):
+                write_json(path / "recipe.json", about)
+            return Run(path)
+        if changes:
             listed = "\n  ".join(changes)
             raise ValueError(
                 f"{path} was made by another recipe (there → here); choose another folder, or the same recipe:\n  "
@@ -227,7 +237,7 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
         path.mkdir(parents=True, exist_ok=True)
         if strangers := [entry.name for entry in path.iterdir() if entry.suffix in (".safetensors", ".json", ".jsonl")]:
             raise ValueError(f"{path} has no recipe.json but holds {', '.join(strangers)}: choose an empty folder")
-        write_json(path / "recipe.json", {"schema": SCHEMA, "recipe": recipe.to_dict(), **about, **provenance()})
+        write_json(path / "recipe.json", about)
     except OSError as error:
         raise ValueError(f"cannot write to the run folder {path}: {error.strerror or error}") from error
     return Run(path)
