@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from unitstep import data
-from unitstep.data import InMemory, Split, Streamed, load_test, load_train, mix
+from unitstep.data import InMemory, Split, Streamed, load_test, load_train, mix, pack
 from unitstep.pictures import decode
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -623,11 +623,13 @@ def test_unreadable_images(tmp_path: Path, memory_limit: int) -> None:
     with pytest.raises(ValueError, match=r"unreadable image: .*train/(cat/2|dog/4)\.jpg"):
         [list(split.batches(4)) for split in load_train(source, **options)]
 
-    test = load_test(source, **options, bad_images="skip")
+    with pytest.warns(UserWarning, match=r"1 unreadable images were left out: .*test/dog/1\.jpg"):
+        test = load_test(source, **options, bad_images="skip")
     assert [Path(name).parts[-3:] for name in test.skipped] == [("test", "dog", "1.jpg")]
     assert len(test) == 5
     assert torch.cat([labels for _, labels in test.batches(2)]).tolist() == test.labels.tolist() == [0, 0, 0, 1, 1]
-    train, val = load_train(source, **options, bad_images="skip")
+    with pytest.warns(UserWarning, match="unreadable images were left out"):
+        train, val = load_train(source, **options, bad_images="skip")
     assert sorted(Path(n).name for n in train.skipped + val.skipped) == ["2.jpg", "4.jpg"]
     assert len(train) + len(val) == 10
     assert test.to("cpu").skipped == test.skipped
@@ -638,7 +640,8 @@ def test_an_unreadable_image_in_parquet_is_named_by_its_row(tmp_path: Path) -> N
     source = write_parquet(tmp_path, {"train": [0, 1, 1], "test": [0, 1, 1]}, images=pictures)
     with pytest.raises(ValueError, match="unreadable image: row 1 of split 'test'"):
         load_test(source, **SMALL)
-    skipped = load_test(source, **SMALL, bad_images="skip").skipped
+    with pytest.warns(UserWarning, match="2 unreadable images were left out: row 1 of split 'test', row 2"):
+        skipped = load_test(source, **SMALL, bad_images="skip").skipped
     assert skipped == ("row 1 of split 'test'", "row 2 of split 'test'")
 
 
@@ -648,3 +651,26 @@ def test_nothing_readable(tmp_path: Path) -> None:
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="unreadable image"):
         load_test(source, **SMALL, bad_images="skip")
+
+
+def test_a_set_that_cannot_be_packed_leaves_nothing(tmp_path: Path) -> None:
+    source, out = write_images(tmp_path / "images"), tmp_path / "packed"
+    next((tmp_path / "images" / "test").rglob("*.jpg")).write_bytes(b"no image")
+    with pytest.raises(ValueError, match="unreadable image"):
+        pack(source, out, size=8, channels=1)
+    assert not out.exists()
+    with pytest.warns(UserWarning, match="1 unreadable images were left out"):
+        assert len(pack(source, out, size=8, channels=1, bad_images="skip")) == 2
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not empty: choose another folder"):
+        pack(source, tmp_path / "file", size=8, channels=1, bad_images="skip")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_library_raises_is_said(tmp_path: Path) -> None:
+    write_images(tmp_path / "script")
+    (tmp_path / "script" / "script.py").write_text("")
+    with pytest.raises(ValueError, match="cannot load the folder"):
+        load_test(str(tmp_path / "script"), **SMALL)
+    with pytest.raises(ValueError, match="~nobody-of-that-name/x"):
+        load_test("~nobody-of-that-name/x", **SMALL)

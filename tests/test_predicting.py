@@ -133,3 +133,14 @@ def test_the_shipped_network_knows_what_its_card_says(data_folder, tmp_path, cap
     assert main(["predict", str(tmp_path / "a.jpg"), "--top", "1"]) == 0  # without --model
     printed = capsys.readouterr().out  # read once: it empties
     assert any(name in printed for name in test.classes)
+
+
+def test_a_folder_named_like_an_image_and_wrong_numbers(model, tmp_path):
+    (tmp_path / "x.png").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "x.png" / "y.png")
+    assert [path.name for path in images_in([tmp_path])] == ["y.png"]
+    with pytest.raises(ValueError, match="top must be 1 or more"):
+        next(predict(images_in([tmp_path]), open_model(SHIPPED), top=0))
+    for runtime in ("onnxruntime", "openvino"):
+        with pytest.raises(ValueError, match="threads must be 1 or more, not -1"):
+            open_model(SHIPPED, runtime, threads=-1)

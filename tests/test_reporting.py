@@ -6,10 +6,11 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 from unitstep import Run, measure_run, report
-from unitstep.reporting import health
+from unitstep.reporting import _grey, health
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Run in the page after it has drawn, in place of a person: what it finds out becomes the page's title.
@@ -158,6 +159,12 @@ def test_seeds_of_one_recipe_are_a_mean_with_its_spread(measured, tmp_path):
     accuracy = measured.measurement["stages"][-1]["test_accuracy"] + 1
     assert f"{accuracy:.2f} ± 1.41" in text
     assert text.count("## Stages") == 1
+    with pytest.raises(ValueError, match="has the recipe and the seed, 0, of another"):
+        report([measured, copied(measured, tmp_path / "same", lambda found: None)], tmp_path / "r.md", format="md")
+
+
+def test_numbers_of_spikes_are_greys():
+    assert _grey(np.array([0, 1, 2, 4], np.uint8)).tolist() == [0, 63, 127, 255]
 
 
 def test_other_recipes_stand_beside_each_other(measured, tmp_path):

@@ -129,7 +129,7 @@ def _contenders(files: _Files, cnn: nn.Module, threads: int) -> Iterator[tuple[s
 
     yield f"{CNN} PyTorch fp32", last
     yield f"{CNN} PyTorch bf16", bf16
-    yield f"{CNN} torch.compile fp32", torch.compile(last)
+    yield f"{CNN} torch.compile fp32", torch.compile(last, dynamic=False)
     yield f"{CNN} ONNX Runtime fp32", _plain_onnxruntime(files.cnn, threads)
     yield f"{CNN} ONNX Runtime int8", _plain_onnxruntime(files.cnn_int8, threads)
     yield f"{CNN} OpenVINO", _plain_openvino(files.cnn, threads)

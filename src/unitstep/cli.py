@@ -531,10 +531,12 @@ def _bench(arguments: list[str]) -> int:
         from unitstep import benching
         from unitstep.files import write_json
 
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)  # before the ten minutes
         record = benching.bench_deploy(progress=_say)
+        sys.stdout.write(benching.table(record))
         if out is not None:
             write_json(out, record)
-        sys.stdout.write(benching.table(record))
         return 0
 
     def train(
@@ -560,6 +562,8 @@ def _bench(arguments: list[str]) -> int:
         """
         from unitstep import training_speed
 
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
         record = training_speed.bench_train(
             names=nets, steps=steps, batch=batch, precisions=precisions, threads=threads, rounds=rounds, out=out,
             progress=_say,

@@ -138,9 +138,8 @@ def conversion_alone(
     split, val = load_train(source, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
     calibration = calibration_images(r, split).to(where)
     images = min(images, len(val))
-    size = min(images, BATCH)
-    drawn = itertools.islice(val.batches(size, seed=0), images // size)
-    batches = [(x.to(where).contiguous(memory_format=torch.channels_last), y.to(where)) for x, y in drawn]
+    parts = zip(*(each.split(BATCH) for each in next(val.batches(images, seed=0))), strict=True)
+    batches = [(x.to(where).contiguous(memory_format=torch.channels_last), y.to(where)) for x, y in parts]
     count = sum(len(y) for _, y in batches)
 
     @torch.no_grad()

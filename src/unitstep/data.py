@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 from urllib.parse import parse_qsl
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def load_train(
     than `memory_limit` bytes; then evaluation resizes the shorter side to round(size·256/224) before the centre crop.
 
     `bad_images`: "refuse" raises at the first unreadable image (streamed: when its batch is read); "skip" leaves them
-    out and names them in `Split.skipped` (streamed: costs one pass over all images now).
+    out, warns, and names them in `Split.skipped` (streamed: costs one pass over all images now).
     `workers`: processes that decode a streamed set, or an in-memory one of at least 10,000 images; 0 decodes here. Off
     Linux these processes import the main script again, so it needs its `if __name__ == "__main__"`.
 
@@ -122,12 +123,15 @@ def pack(
     opened = _open(source, size, channels, "none", bad_images, 4 * 2**30, workers)
     if isinstance(opened, _Opened) and opened.streamed:
         raise ValueError(f"{source!r} is too large for memory at {size}×{size} pixels; only smaller sets can be packed")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: choose another folder")
+    parts = {  # all is decoded before anything is written
+        name: opened.split(split, torch.arange(len(opened.labels[split])))
+        for name, split in (("train", "train"), ("test", opened.test))
+    }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, split in (("train", "train"), ("test", opened.test)):
-        part = opened.split(split, torch.arange(len(opened.labels[split])))
+    for name, part in parts.items():
         assert isinstance(part, InMemory)
         paths += packed.write(folder, name, part.images, part.labels, part.classes)
     return paths
@@ -399,6 +403,8 @@ class _Opened:
         if len(rows) == 0:
             raise _unreadable(bad)
         labels, skipped = self.labels[name][rows], tuple(fault.name for fault in bad.values())
+        if skipped:
+            warnings.warn(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}", stacklevel=2)
         if self.streamed:
             return Streamed(reader, rows, labels, self.classes, workers=self.workers, skipped=skipped)
         return InMemory(images[: len(rows)], labels, self.classes, skipped=skipped)
@@ -435,7 +441,7 @@ def _open(
     if workers < 0:
         raise ValueError(f"workers must be at least 0, not {workers}")
 
-    if packed.is_packed(folder := Path(source).expanduser()):
+    if packed.is_packed(folder := Path(os.path.expanduser(source))):
         parts = packed.read(folder)
         if (shape := tuple(parts["train"].images.shape[1:])) != (channels, size, size):
             raise ValueError(
@@ -480,7 +486,7 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
     import datasets
     from pyarrow.lib import ArrowException
 
-    folder = Path(__file__).with_name(_EMBEDDED[place]) if place in _EMBEDDED else Path(place).expanduser()
+    folder = Path(__file__).with_name(_EMBEDDED[place]) if place in _EMBEDDED else Path(os.path.expanduser(place))
     local = place != "" and folder.is_dir()
     pathlike = place == "" or place[0] in "./~" or place.count("/") > 1 or "\\" in place
     if not local and (pathlike or folder.is_file()):
@@ -498,7 +504,7 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
             f"{place!r} is no folder here, so the Hugging Face hub was tried, but it cannot be reached ({error}). "
             "Connect, or give a local folder: parquet shards or class folders work as well"
         ) from error
-    except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError, ArrowException) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, BadZipFile, ArrowException) as error:
         what = "the folder" if local else "the Hugging Face hub's data set"
         raise ValueError(
             f"cannot load {what} {place!r}: {error}{f' ({error.__cause__})' if error.__cause__ else ''}. "

@@ -50,6 +50,8 @@ def read_groups(runs: Sequence[Run | str | Path]) -> list[Group]:
             taken = any(group.runs[0].recipe.name == run.recipe.name for group in groups.values())
             name = f"{run.recipe.name}, {run.path.name}" if taken else run.recipe.name
             groups[key] = Group(name, [], [], COLOURS[len(groups) % len(COLOURS)])
+        if (seed := found["recipe"]["seed"]) in (other["recipe"]["seed"] for other in groups[key].measured):
+            raise ValueError(f"{run.path} has the recipe and the seed, {seed}, of another of these runs: leave one out")
         groups[key].runs.append(run)
         groups[key].measured.append(found)
     for group in groups.values():

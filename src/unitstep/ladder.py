@@ -139,8 +139,6 @@ def train(
         train_split, val_split = load_train(
             recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
         )
-        if skipped := [*train_split.skipped, *val_split.skipped]:
-            warnings.warn(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}", stacklevel=2)
         if cnn is not None and not run.stage_path(0).exists():
             _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), train_split.classes)
         train_split, val_split = train_split.to(where), val_split.to(where)

@@ -31,9 +31,8 @@ def images_in(places: Sequence[str | Path]) -> list[Path]:
     for place in map(Path, places):
         if not place.exists():
             raise ValueError(f"{place} is not there")
-        below = (
-            sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES) if place.is_dir() else [place]
-        )
+        files = (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        below = sorted(files) if place.is_dir() else [place]
         if not below:
             raise ValueError(f"{place} has no images ({', '.join(sorted(SUFFIXES))})")
         found += below
@@ -43,9 +42,11 @@ def images_in(places: Sequence[str | Path]) -> list[Path]:
 def predict(paths: Iterable[Path], model: Model, *, top: int = 5) -> Iterator[Prediction]:
     """Yield a `Prediction` for each image file, in order: resized and cropped as the network's test images were.
 
-    top: how many classes. An image that cannot be read is a `Prediction` with an error. ValueError if the model does
-    not take raw pixels.
+    top: how many classes, 1 or more. An image that cannot be read is a `Prediction` with an error. ValueError if the
+    model does not take raw pixels.
     """
+    if top < 1:
+        raise ValueError(f"top must be 1 or more classes, not {top}")
     about = model.about
     if about.get("pixels") != "uint8" or len(about.get("input", ())) != 3:
         raise ValueError("this model does not take raw pixels, so images cannot be made into its input")

@@ -90,6 +90,11 @@ def _verdict(group: Group) -> str:
     return text
 
 
+def _grey(counts: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Numbers of spikes, uint8, as 0, black, to 255, white, for the most."""
+    return (counts.astype(np.uint16) * 255 // max(1, int(counts.max()))).astype(np.uint8)
+
+
 def _times(rival: float, ours: float) -> str:
     return f"{rival / ours:.1f} times less" if rival >= ours else f"{ours / rival:.1f} times more"
 
@@ -190,7 +195,7 @@ def _samples(run: Run, found: dict[str, Any]) -> list[dict[str, Any]]:
             tiles = np.concatenate(
                 [np.concatenate(list(row), 1) for row in np.array_split(tiles, max(1, len(tiles) // 4))], 0
             )
-            maps.append({"name": key.removeprefix("spikes."), "url": _png(255 * tiles // max(1, int(tiles.max())))})
+            maps.append({"name": key.removeprefix("spikes."), "url": _png(_grey(tiles))})
         right, said = (classes[int(tensors[key][number])] for key in ("labels", "predictions"))
         shown.append({"url": _png(image.transpose(1, 2, 0).squeeze()), "label": right, "said": said, "maps": maps})
     return shown

@@ -43,6 +43,8 @@ def open_model(source: str | Path | bytes, runtime: Runtime = "onnxruntime", *, 
     """
     if runtime not in ("onnxruntime", "openvino"):
         raise ValueError(f"runtime must be onnxruntime or openvino, not {runtime!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be 1 or more, not {threads}")
     name = "the model" if isinstance(source, bytes) else str(source)
     try:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -57,7 +59,7 @@ def open_model(source: str | Path | bytes, runtime: Runtime = "onnxruntime", *, 
     except (KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{name} is an ONNX file, but not one that unitstep exported") from error
     except Exception as error:  # each library has its own
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"{name} is damaged or is no ONNX file ({reason})") from error
     return Model(run, about)
 
