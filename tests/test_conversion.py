@@ -260,3 +260,88 @@ def test_a_max_pool_with_indices_and_hooks_that_compute_weights_are_refused():
         cnn(torch.randn(2, 1, 6, 6))
     with pytest.raises(ValueError, match="remove_weight_norm"):
         to_spiking(cnn.eval(), torch.randn(2, 1, 6, 6), steps=1)
+
+
+class Defaults(nn.Module):
+    """Of many kinds behind the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.steps, self.fc = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x=None, size=(1, 1), stages=[0], options={}, *, scale=2.0):  # noqa: B006
+        for _ in stages:
+            x = torch.relu(self.steps(torch.relu(self.a(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, size).flatten(1) * options.get("times", scale))
+
+
+def test_defaults_of_all_kinds_and_a_module_named_steps():
+    torch.manual_seed(0)
+    cnn, images = Defaults().eval(), torch.randn(6, 1, 8, 8)
+    snn = to_spiking(cnn, images, steps=64, thresholds="max", initial=0.5)
+    assert (snn(images, steps=64) - cnn(images)).abs().max() < 0.05 * cnn(images).abs().max()
+    for steps in (1, 3):
+        torch.testing.assert_close(snn.fuse(images, steps)(images), snn(images, steps=steps), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fuse", "report", "lifs"])
+def test_names_that_spiking_networks_need_are_refused(name):
+    cnn = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten())
+    cnn.add_module(name, nn.Linear(32, 2))
+    with pytest.raises(ValueError, match=f"a module named {name}, .* rename it"):
+        to_spiking(cnn, torch.randn(2, 1, 6, 6), steps=1)
+
+
+class Floored(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(1, 2, 3)
+
+    def forward(self, x):
+        return torch.div(torch.relu(self.a(x)), 0.3, rounding_mode="floor").mean((2, 3))
+
+
+def test_division_that_rounds_is_refused():
+    with pytest.raises(ValueError, match="leave rounding_mode out"):
+        to_spiking(Floored().eval(), torch.randn(2, 1, 6, 6), steps=1)
+
+
+class Token(nn.Module):
+    """Joins a constant, expanded to as many rows as there are, with spikes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.token, self.fc = nn.Conv2d(1, 4, 3), nn.Parameter(torch.rand(1, 1, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        return self.fc(x.mean(1))
+
+
+def test_a_constant_of_as_many_rows_joins_spikes():
+    torch.manual_seed(0)
+    cnn, images = Token().eval(), torch.randn(6, 1, 8, 8)
+    snn = to_spiking(cnn, images, steps=64, thresholds="max", initial=0.5)
+    assert (snn(images, steps=64) - cnn(images)).abs().max() < 0.02
+    assert snn.report["relu"].error < 0.05
+
+
+class Cropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.b(torch.relu(self.a(x)))[:, :, 1:-1])
+        return self.fc(x.mean((2, 3)))
+
+
+def test_one_image_in_channels_last_behind_a_crop_over_many_steps():
+    torch.manual_seed(0)
+    cnn = Cropped().eval().to(memory_format=torch.channels_last)
+    image = torch.randn(1, 1, 8, 8).contiguous(memory_format=torch.channels_last)
+    options = {"steps": 5, "calibration_steps": 15}
+    snn = to_spiking(cnn, image, **options)
+    plain = to_spiking(copy.deepcopy(cnn).to(memory_format=torch.contiguous_format), image.contiguous(), **options)
+    torch.testing.assert_close(snn(image, steps=5), plain(image, steps=5))

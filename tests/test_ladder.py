@@ -207,7 +207,8 @@ def test_streamed_photos_go_down_the_ladder(tmp_path):
     assert measure_run(run)["stages"][-1]["test_images"] == 12
 
 
-def test_unreadable_images_are_named(tmp_path):
+@pytest.mark.filterwarnings("always:1 unreadable images")  # the command line says so, rather than raise
+def test_unreadable_images_are_named(tmp_path, capsys):
     photos = Path(write_images(tmp_path / "photos", train=30, test=3))
     broken = next((photos / "train").glob("*/*.jpg"))
     broken.write_bytes(b"not a picture")
@@ -219,6 +220,7 @@ def test_unreadable_images_are_named(tmp_path):
     export = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "x.onnx"), "--images", "1", "--form", "float"]
     assert main(export) == 1
     assert main([*export, "--bad-images", "skip"]) == 0
+    assert "1 unreadable images were left out" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_in_the_precision_it_was_begun_in(unbroken):

@@ -342,7 +342,7 @@ def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> 
             if row in lifs:
                 spikes[row] += int((value != 0).sum())
                 neurons[row] += value.numel() // steps
-            if not faithful or not isinstance(wanted, Tensor):
+            if not faithful or not isinstance(wanted, Tensor) or node.meta["axis"] == "none":
                 continue
             if timed:
                 value = read_out(value, steps, "mean")

@@ -1,8 +1,8 @@
 """A trained spiking network as one small file: 8-bit weights, everything else in fp32. Knows nothing of training.
 
-Each matrix or kernel W is stored as int8 q with one scale a per row of its first dimension, the output channel (the
-input channel if transposed), as `unitstep.rounding` rounds; weights that were trained in fewer bits keep those.
-Thresholds, leaks, biases and batch norms stay as they are.
+Each matrix or kernel W is stored as int8 q with one scale a per row of its first dimension, the output channel, as
+`unitstep.rounding` rounds; weights that were trained in fewer bits keep those. Transposed convolutions, thresholds,
+leaks, biases and batch norms stay as they are.
 """
 
 from pathlib import Path

@@ -17,11 +17,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from unitstep.fusing import BATCH_NORMS, CATS, CONVOLUTIONS, argument, fold_norm, fuse, kind_of, module_of
 from unitstep.nets import Normalize
@@ -337,12 +338,17 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
         ) from error
     try:
         arguments = inspect.signature(net.forward).parameters
-        options = {name: option.default for name, option in arguments.items() if option.default is not option.empty}
+        rest = list(arguments.items())[1:]  # behind the images
+        options = {name: option.default for name, option in rest if option.default is not option.empty}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on options without an assertion of their value
             graph = tracer.trace(net, options)
     except Exception as error:  # whatever the user's code raises when it meets a stand-in for a tensor
         raise ValueError(_untraceable(cnn, error, tracer.path)) from error
+    if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):  # a default is a tuple, list or dict
+        end, codegen = graph.output_node(), cast(Any, graph._codegen)
+        end.args = (pytree.tree_unflatten(cast(Any, end.args[0]), codegen.pytree_info.out_spec),)
+        graph.set_codegen(fx.graph.CodeGen())
     for node in list(graph.nodes):
         if node.target is torch._assert:
             graph.erase_node(node)
@@ -479,6 +485,8 @@ def spiking(
     ):
         if value not in known:
             raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
+    if taken := [name for name, _ in cnn.named_children() if hasattr(Spiking, name)]:
+        raise ValueError(f"the network has a module named {taken[0]}, which in spiking networks is another: rename it")
     if hasattr(cnn, "neurons"):
         raise ValueError(
             "the network has an attribute named neurons, the name under which the spiking neurons are stored: rename it"
@@ -684,6 +692,8 @@ class _Conversion:
             product = what in SCALINGS or what in (torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm")
             why = "multiplies activations, as squeeze-and-excitation and attention do, which spikes cannot"
             return self._refuse(node, why if product else "several activations meet; only + and concatenation do that")
+        elif what in SCALINGS and node.kwargs.get("rounding_mode") is not None:
+            return self._refuse(node, "it rounds, which no sum of spikes can make up for: leave rounding_mode out")
         elif what in SCALINGS and (first in inputs or what in (operator.mul, torch.mul, "mul")):
             self.values[node] = kinds if what is operator.neg and kinds != "binary" else ANALOG
             homogeneous = True

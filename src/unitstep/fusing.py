@@ -111,7 +111,7 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
     root, graph = nn.Module(), copy.deepcopy(snn.graph)
     for node in list(graph.nodes):
         module = module_of(snn, node)
-        if node.target in ("steps", check_steps):
+        if node.target is check_steps or (node.op, node.target) == ("placeholder", "steps"):
             _put_number(node, steps)
         elif isinstance(module, SharedDropout | nn.Identity) or (steps == 1 and node.target in (repeat, read_out)):
             node.replace_all_uses_with(node.all_input_nodes[0])

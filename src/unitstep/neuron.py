@@ -279,6 +279,7 @@ class LIF(nn.Module):
         """
         rows = 1 if static else steps
         V, leak = _parameters(current, self.threshold, self.leak)
+        current = current.contiguous(memory_format=_format(current[: len(current) // rows]))  # as membranes are
         flat = _rows(current, len(V), rows)
         one = current[: len(current) // rows]
         held: Tensor | None = (self.initial * V).expand(flat.shape[1:]) if self.initial else None

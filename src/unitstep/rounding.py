@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)  # rows of a transposed convolution are inputs, and it is never in integers
 ON_GRID = 1e-3  # units: weights that are whole numbers up to the rounding of folded batch norms and heights
 
 
@@ -62,7 +62,7 @@ class Rounded(nn.Module):
 
 
 def round_weights_(net: nn.Module, bits: int) -> None:
-    """Let every convolution and linear layer of `net` compute with rounded weights from now on, in training too."""
+    """Let every layer of `net` that is one of `LAYERS` compute with rounded weights from now on, in training too."""
     for module in net.modules():
         if isinstance(module, LAYERS):
             parametrize.register_parametrization(module, "weight", Rounded(bits))
