@@ -278,3 +278,18 @@ def test_devices_do_not_mix():
         op="call_module", target="0"
     )
     assert _gathered(node[0], pool, number, mean).device.type == "meta"
+
+
+class Product(nn.Module):
+    """A parameter that is multiplied without a layer, which a CNN can have and a spiking network not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.w = nn.Conv2d(1, 2, 3), nn.Parameter(torch.randn(32, 3))
+
+    def forward(self, x):
+        return torch.relu(self.a(x)).flatten(1) @ self.w
+
+
+def test_a_parameter_that_is_multiplied_counts_as_weights():
+    assert operations(trace(Product()), torch.randn(1, 1, 6, 6))[-1].weights == 96

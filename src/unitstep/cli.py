@@ -92,12 +92,14 @@ def _console() -> "Console":
 
 
 def _use(threads: int | None) -> None:
+    """Let torch compute on that many CPU threads; None leaves it as it is."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads must be 1 or more, not {threads}")
     import torch
 
-    if threads is not None and threads < 1:
-        raise ValueError(f"--threads must be 1 or more, not {threads}")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
 
 
 def _recipes(arguments: list[str]) -> int:
@@ -172,7 +174,6 @@ def _train(arguments: list[str]) -> int:
             bad_images: What to do with images that cannot be read.
             threads: CPU threads to use; None: all cores.
         """
-
         from unitstep import ladder
 
         _use(threads)
@@ -324,7 +325,6 @@ def _measure(arguments: list[str]) -> int:
                 rate code, for what the last network reaches; on validation images, in up to a quarter of an hour.
             threads: CPU threads to use; None: all cores.
         """
-
         from unitstep import energy, measurement
         from unitstep.groups import read_groups
         from unitstep.tables import equal_table, ratio_table, speed_table, stage_table
@@ -403,7 +403,6 @@ def _export(arguments: list[str]) -> int:
             bad_images: What to do with images that cannot be read.
             threads: CPU threads to use; None: all cores.
         """
-
         from unitstep.data import load_train
         from unitstep.exporting import describe, to_onnx
         from unitstep.runs import Run, load

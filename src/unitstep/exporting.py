@@ -25,7 +25,7 @@ from unitstep.neuron import LIF, check_steps, membranes
 from unitstep.qdq import LOGITS, integer_model
 from unitstep.quantizing import quantize
 from unitstep.recipes import Recipe, without_folder
-from unitstep.running import KEY, open_model
+from unitstep.running import KEY, first_line, open_model
 
 Form = Literal["int8", "float"]
 FLOAT_OPSET = 18
@@ -114,7 +114,7 @@ def to_onnx(
         onnx.checker.check_model(model, full_check=True)
         parity = _compare(model, snn, rounded, images, labels, steps)
     except Exception as error:  # of ONNX and its runtime, of many kinds
-        reason = str(error).strip().splitlines()[0][:300]
+        reason = first_line(error)
         raise ValueError(f"not written: ONNX does not run this network as PyTorch does ({reason})") from error
     if wild := [layer.name for layer in parity.layers if layer.unexplained]:
         raise ValueError(
@@ -162,8 +162,7 @@ def onnx_of(net: nn.Module, images: Tensor, outputs: Sequence[str] = (LOGITS,)) 
                 verbose=False,
             )  # fmt: skip
         except Exception as error:  # of many kinds
-            reason = str(error).strip().splitlines()[0][:300]
-            raise ValueError(f"PyTorch cannot export this network to ONNX: {reason}") from error
+            raise ValueError(f"PyTorch cannot export this network to ONNX: {first_line(error)}") from error
     assert program is not None
     return program.model_proto
 

@@ -33,6 +33,12 @@ def write_whole(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that were killed while they wrote the file `path` have left beside it."""
+    for aside in path.parent.glob(f".{path.name}.*"):
+        aside.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 

@@ -200,7 +200,7 @@ def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) 
         return given[0]
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):  # C·k features, k per channel
         return given[0] if all(isinstance(module_of(net, user), nn.Linear) for user in node.users) else None
-    if node.target in CATS and joined_along(node) == 1:
+    if joins_channels(node):
         channels = [_channels(net, source) for source in sources]
         if None not in channels:
             return torch.cat([height.expand(n) for height, n in zip(given, channels, strict=True)])  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ def _channels(net: fx.GraphModule, node: fx.Node) -> int | None:
         return module.out_channels
     if isinstance(module, (Fire, *POOLS, *BATCH_NORMS)):
         return _channels(net, node.all_input_nodes[0])
-    if node.target in CATS and joined_along(node) == 1:
+    if joins_channels(node):
         channels = [_channels(net, source) for source in parts(node)]
         return None if None in channels else sum(count for count in channels if count is not None)
     return None
@@ -293,6 +293,11 @@ def parts(concatenation: fx.Node) -> list[fx.Node]:
 def joined_along(concatenation: fx.Node) -> Any:
     """The dimension in which a concatenation does so."""
     return argument(concatenation, "dim", 1, concatenation.kwargs.get("axis", 0))
+
+
+def joins_channels(node: fx.Node) -> bool:
+    """Whether `node` is a concatenation in dimension 1."""
+    return node.target in CATS and joined_along(node) == 1
 
 
 def argument(node: fx.Node, name: str, position: int, default: Any = None) -> Any:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from unitstep.calibration import calibrate_, record, to_spiking
 from unitstep.conversion import Spiking
 from unitstep.data import Split, load_train, mix
-from unitstep.files import write_json
+from unitstep.files import remove_unfinished, write_json
 from unitstep.fusing import per_channel
 from unitstep.neuron import LIF, clamp_, compiled, compiler_available
 from unitstep.quantizing import centre_thresholds_
@@ -38,6 +38,7 @@ from unitstep.rounding import round_weights_
 from unitstep.runs import (
     SCHEMA,
     Run,
+    begun,
     build_cnn,
     build_snn,
     finding,
@@ -129,13 +130,12 @@ def train(
         precision = Run(out).about.get("precision", "auto")  # a run goes on as it was begun
     amp = _precision(precision, where)
     run = open_run(out, recipe, precision="bf16" if amp else "fp32", device=where.type)
-    if (begun := run.about.get("precision", "fp32")) != ("bf16" if amp else "fp32"):
-        raise ValueError(f"{run.path} was begun in {begun} and goes on only so: leave --precision at auto")
+    if (chosen := run.about.get("precision", "fp32")) != ("bf16" if amp else "fp32"):
+        raise ValueError(f"{run.path} was begun in {chosen} and goes on only so: leave --precision at auto")
     limit = math.inf if time_limit is None else started + 60 * time_limit
     with locked(run), _sigint() as interrupted:
-        for name in ("state", *(f"{index}-{stage.name}" for index, stage in enumerate(recipe.stages))):
-            for aside in run.path.glob(f".{name}.safetensors.*"):  # of a process that was killed while it wrote
-                aside.unlink(missing_ok=True)
+        for path in (run.state_path, *map(run.stage_path, range(len(recipe.stages)))):
+            remove_unfinished(path)
         train_split, val_split = load_train(
             recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
         )
@@ -217,7 +217,7 @@ def convert(
     """
     where, path = choose_device(device), Path(out)
     chosen = "bf16" if _precision(precision, where) else "fp32"
-    if (path / "recipe.json").exists() and any(path.glob("*.safetensors")):
+    if (path / "recipe.json").exists() and begun(path):
         raise ValueError(f"{path} is a run already: go on with unitstep train --from {path}, or choose another folder")
     if len(recipe.stages) < 2:
         raise ValueError("the recipe has no spiking stage to convert for")

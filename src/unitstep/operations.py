@@ -143,8 +143,9 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         given: Tensor = self.env[source]
         static = node.meta.get("axis") != "time"
         weights = sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-        if functional:
-            own = (argument(node, "weight", 1), argument(node, "bias", 2))
+        if module is None:
+            own = [each for each in node.all_input_nodes if each.op == "get_attr"]
+            own = [argument(node, "weight", 1), argument(node, "bias", 2)] if functional else own
             weights = sum(self.env[each].numel() for each in own if isinstance(each, fx.Node))
         spikes = self.spikes.get(source)
         known = isinstance(module, (*CONVOLUTIONS, nn.Linear)) or functional

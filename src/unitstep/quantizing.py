@@ -21,12 +21,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from unitstep.fusing import (
-    CATS,
     Fire,
     Scale,
     called_once,
     fuse,
-    joined_along,
+    joins_channels,
     module_of,
     parts,
     per_channel,
@@ -245,7 +244,7 @@ class _Quantization:
     def _same(self, node: fx.Node, module: nn.Module | None) -> Whole | None:
         """What hands whole numbers on, or puts them next to each other."""
         given = [self.whole[source] for source in node.all_input_nodes if source in self.whole]
-        if node.target in CATS and joined_along(node) == 1 and len(given) == len(node.all_input_nodes):
+        if joins_channels(node) and len(given) == len(node.all_input_nodes):
             given = [self.whole[source] for source in parts(node)]
             shapes = [source.meta["tensor_meta"].shape for source in parts(node)]
             if all(len(shape) == 4 for shape in shapes) and all(each.least == 0 for each in given):

@@ -59,9 +59,13 @@ def open_model(source: str | Path | bytes, runtime: Runtime = "onnxruntime", *, 
     except (KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{name} is an ONNX file, but not one that unitstep exported") from error
     except Exception as error:  # each library has its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{name} is damaged or is no ONNX file ({reason})") from error
+        raise ValueError(f"{name} is damaged or is no ONNX file ({first_line(error)})") from error
     return Model(run, about)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, which can have very many; the kind of error if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _onnxruntime(content: bytes, threads: int | None) -> Run:

@@ -215,16 +215,25 @@ def shape_thresholds_(snn: Spiking, tensors: dict[str, Tensor]) -> None:
             lif.threshold = nn.Parameter(V.clone())
 
 
+def begun(path: Path) -> bool:
+    """Whether something was trained in the folder `path`."""
+    return any(path.glob("*.safetensors"))
+
+
 def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
     """The run folder `out`, made if it is not there. ValueError if something was trained there by another recipe, or if
     it cannot be written to."""
-    path, about = Path(out), {"schema": SCHEMA, "recipe": recipe.to_dict(), **about, **provenance()}
+    path = Path(out)
+
+    def write() -> None:
+        write_json(path / "recipe.json", {"schema": SCHEMA, "recipe": recipe.to_dict(), **about, **provenance()})
+
     if (path / "recipe.json").exists():
         run = Run(path)
         changes = differences(run.recipe, recipe)
-        if changes and not any(path.glob("*.safetensors")):  # of a command that failed: there is nothing to protect
+        if changes and not begun(path):  # of a command that failed: there is nothing to protect
             with locked(run):
-                write_json(path / "recipe.json", about)
+                write()
             return Run(path)
         if changes:
             listed = "\n  ".join(changes)
@@ -237,7 +246,7 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
         path.mkdir(parents=True, exist_ok=True)
         if strangers := [entry.name for entry in path.iterdir() if entry.suffix in (".safetensors", ".json", ".jsonl")]:
             raise ValueError(f"{path} has no recipe.json but holds {', '.join(strangers)}: choose an empty folder")
-        write_json(path / "recipe.json", about)
+        write()
     except OSError as error:
         raise ValueError(f"cannot write to the run folder {path}: {error.strerror or error}") from error
     return Run(path)
