@@ -52,7 +52,7 @@ def trainer(net: str, steps: int, batch: int) -> tuple[nn.Module, Any]:
     cnn = nets.build(net, classes=10).eval()
     snn = to_spiking(cnn, images[:8], steps=steps, thresholds="percentile", initial=0.0, norm="keep")
     snn.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(snn.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(snn.parameters(), lr=1e-4, fused=True)
 
     def step(look: Any = lambda loss: None) -> None:
         with compiled(True):
