@@ -684,6 +684,21 @@ def _chain(net: nn.Module, x: Tensor) -> Tensor:
     return net.c(x) + y
 
 
+def _viewed_afterwards(net: nn.Module, x: Tensor) -> Tensor:
+    x = net.a(x)
+    F.relu_(x)
+    y = x.flatten(2)
+    return net.c(y.view(x.size(0), 4, 8, 8))
+
+
+def _viewed_and_changed_again(net: nn.Module, x: Tensor) -> Tensor:
+    x = net.a(x)
+    F.relu_(x)
+    y = x.flatten(2)
+    x.sub_(0.3).relu_()
+    return net.c(y.view(x.size(0), 4, 8, 8))
+
+
 class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -703,9 +718,12 @@ class InPlace(nn.Module):
 
 MUST_CONVERT = [
     _discarded_module, _pre_activation, _discarded_call, _augmented_add, _augmented_mul, _augmented_size, _the_images,
-    _chain,
+    _chain, _viewed_afterwards,
 ]  # fmt: skip
-MAY_BE_REFUSED = [_torch_clamp_min_, _view_changed, _view_of_changed, _through_stochastic_depth, _abs_, _elu_, _out]
+MAY_BE_REFUSED = [
+    _torch_clamp_min_, _view_changed, _view_of_changed, _viewed_and_changed_again, _through_stochastic_depth, _abs_, _elu_,
+    _out,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("body", [*MUST_CONVERT, *MAY_BE_REFUSED], ids=lambda body: body.__name__[1:])

@@ -65,6 +65,27 @@ def test_the_stems_current_is_repeated_where_it_meets_spikes():
     torch.testing.assert_close(snn(IMAGES.double(), steps=3), expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_kept_module_may_not_change_in_place_what_is_the_same_at_all_timesteps():
+    """At one timestep the change would be seen by whoever uses the stem's current afterwards, at several it would not."""
+
+    class Add(nn.Module):
+        def forward(self, x, y):
+            return x.add_(y)
+
+    class Joining(Shared):
+        def __init__(self):
+            super().__init__()
+            self.block = Add()
+
+        def forward(self, x):
+            stem = self.stem(x)
+            y = self.block(stem, self.a(self.relu(stem)))
+            return self.head(torch.flatten(F.avg_pool2d(torch.cat([y, stem], 1), 2), 1))
+
+    with pytest.raises(ValueError, match="block.*changes stem in place.*write it without in-place"):
+        plainly(Joining().eval(), IMAGES, steps=3, leaf_modules=("block",))
+
+
 def test_the_cnn_is_untouched_and_names_remain():
     cnn = nets.build("resnet20", classes=10, size=16, dropout=0.1)
     before = copy.deepcopy(cnn.state_dict())

@@ -287,6 +287,8 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
                 f"{snn.report.place(row)} acts on the last dimension, the batch norm {node.meta['vectors']}, which was "
                 'folded into it, on the second: use norm="keep"'
             )
+        copies = [given for given in node.all_input_nodes if given.target is repeat and len(given.args[0].users) > 1]
+        versions = {given: whole.env[given]._version for given in copies}
         try:
             full, one = whole.run_node(node), part.run_node(node)
         except Exception as error:  # whatever an operation raises on a shape that it was not made for
@@ -298,6 +300,12 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
                 f"{snn.report.place(row)} joins or cuts the first dimension, which holds images and timesteps: write "
                 "it so that it acts on each image alone, e.g. torch.flatten(x, 1), torch.cat(parts, 1), x.mean((2, 3))"
             )
+        for given, version in versions.items():
+            if whole.env[given]._version != version:
+                raise ValueError(
+                    f"{snn.report.place(row)} changes {given.args[0].name} in place, which is used elsewhere and does not "
+                    "change over the timesteps: write it without in-place"
+                )
         if timed:
             full = noise(full)
             one = last(full)

@@ -391,7 +391,6 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
     order = {node: number for number, node in enumerate(graph.nodes)}
     modules = {name for name, module in net.named_modules(remove_duplicate=False) if getattr(module, "inplace", False)}
     sizes: set[fx.Node] = set()  # numbers: `n -= 1` makes a new one
-    family: dict[fx.Node, list[fx.Node]] = {}  # by the node whose memory they share
 
     def root(node: fx.Node) -> fx.Node:
         while node.all_input_nodes:
@@ -403,7 +402,6 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
         return node
 
     for node in graph.nodes:
-        family.setdefault(root(node), []).append(node)
         if _reads_size(node) or (node.all_input_nodes and all(source in sizes for source in node.all_input_nodes)):
             sizes.add(node)
     for node in list(graph.nodes):
@@ -417,7 +415,9 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
         if node in sizes:
             node.target = IN_PLACE.get(what, node.target)
         elif what in IN_PLACE or flagged:
-            _redirect(node, place, what in VIEWS, order, family[root(node.all_input_nodes[0])])
+            memory = root(node.all_input_nodes[0])
+            family = [older for older in graph.nodes if order[older] < order[node] and root(older) is memory]
+            _redirect(node, place, what in VIEWS, order, family)
             node.target = node.target if module is not None else IN_PLACE.get(what, node.target)
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
             if flag is not None:
@@ -429,14 +429,14 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
 
 
 def _redirect(node: fx.Node, place: str, harmless: bool, order: dict[fx.Node, int], family: list[fx.Node]) -> None:
-    """Give the result of an in-place operation to all who read the changed tensor after it; `family` shares its
-    memory."""
+    """Give the result of an in-place operation to all who read the changed tensor after it; `family` was made before it
+    and shares that tensor's memory."""
     changed, now = node.all_input_nodes[0], order[node]
     if harmless:  # dropout in evaluation
         return
     for relative in family:
         late = [user for user in relative.users if order[user] > now]
-        if late and relative is not changed and relative is not node:
+        if late and relative is not changed:
             raise ValueError(
                 f"{place} changes {changed.name} in place, which shares memory with {relative.name}, used later in "
                 f"{late[0].name}: write it without in-place"
