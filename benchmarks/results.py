@@ -84,8 +84,9 @@ def _line(name: str, found: dict[str, Any]) -> str:
     machine, versions = run["trained"]["machine"], run["trained"]["versions"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     where = f"{where}, {run['trained']['precision']}, torch {versions['torch']}"
+    commits = ", ".join(dict.fromkeys(run["trained"]["commit"] or "" for run in found["runs"]))
     cells = [name, str(found["n"]), run["recipe"]["net"], mean_cell(stages[0]["test_accuracy"], 2), at_one]
-    cells += [mean_cell(last["spikes_per_neuron"], 3), epochs, f"{minutes:.0f}", where, run["trained"]["commit"] or ""]
+    cells += [mean_cell(last["spikes_per_neuron"], 3), epochs, f"{minutes:.0f}", where, commits]
     return f"| {' | '.join(cells)} |\n"
 
 

@@ -721,8 +721,8 @@ MUST_CONVERT = [
     _chain, _viewed_afterwards,
 ]  # fmt: skip
 MAY_BE_REFUSED = [
-    _torch_clamp_min_, _view_changed, _view_of_changed, _viewed_and_changed_again, _through_stochastic_depth, _abs_, _elu_,
-    _out,
+    _torch_clamp_min_, _view_changed, _view_of_changed, _viewed_and_changed_again, _through_stochastic_depth, _abs_,
+    _elu_, _out,
 ]  # fmt: skip
 
 

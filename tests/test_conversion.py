@@ -66,7 +66,7 @@ def test_the_stems_current_is_repeated_where_it_meets_spikes():
 
 
 def test_a_kept_module_may_not_change_in_place_what_is_the_same_at_all_timesteps():
-    """At one timestep the change would be seen by whoever uses the stem's current afterwards, at several it would not."""
+    """At one timestep who uses the stem's current afterwards would see the change, at several they would not."""
 
     class Add(nn.Module):
         def forward(self, x, y):
@@ -82,7 +82,7 @@ def test_a_kept_module_may_not_change_in_place_what_is_the_same_at_all_timesteps
             y = self.block(stem, self.a(self.relu(stem)))
             return self.head(torch.flatten(F.avg_pool2d(torch.cat([y, stem], 1), 2), 1))
 
-    with pytest.raises(ValueError, match="block.*changes stem in place.*write it without in-place"):
+    with pytest.raises(ValueError, match=r"block.*changes stem in place.*write it without in-place"):
         plainly(Joining().eval(), IMAGES, steps=3, leaf_modules=("block",))
 
 

@@ -303,8 +303,8 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
         for given, version in versions.items():
             if whole.env[given]._version != version:
                 raise ValueError(
-                    f"{snn.report.place(row)} changes {given.args[0].name} in place, which is used elsewhere and does not "
-                    "change over the timesteps: write it without in-place"
+                    f"{snn.report.place(row)} changes {given.args[0].name} in place, which is used elsewhere and the "
+                    "same at all timesteps: write it without in-place"
                 )
         if timed:
             full = noise(full)

@@ -62,8 +62,8 @@ class Row:
     rate: float | None = None
     """Spikes per neuron and image, summed over the T steps."""
     error: float | None = None
-    """‖mean over the steps of the spiking network's output − the CNN's‖ / ‖the CNN's‖, here, over the calibration
-    images."""
+    """‖mean over the steps of the spiking network's output − the CNN's‖ / ‖the CNN's‖, here, over the first
+    128 calibration images."""
 
     @property
     def refused(self) -> bool:

@@ -67,9 +67,10 @@ def int8(layer: Layer, steps: int, weights: int) -> Energy:
 
 def memory(layer: Layer, steps: int, weights: int) -> Energy:
     """The int8 model and the traffic of one image: weights are read once per pass, from DRAM if all of them exceed
-    1 MB, else from SRAM; values between layers are written to SRAM and read by each layer that takes them: 4 bytes in
-    the fp32 CNN, 1 in the 8-bit one, 1 bit for a spike. Above one timestep there are T passes behind the first neurons,
-    and every membrane is read and written at each, 4 bytes. All layers' values are taken to fit into SRAM."""
+    1 MB, else from SRAM; what enters a layer was written to SRAM and is read from it: 4 bytes in the fp32 CNN, 1 in the
+    8-bit one, 1 bit for a spike. Above one timestep there are T passes behind the first neurons, and the membranes
+    whose spikes enter the layer are read and written at each, 4 bytes. What enters several layers counts for each of
+    them. All layers' values are taken to fit into SRAM."""
     computed = int8(layer, steps, weights)
     static, analog = layer["static"], layer["input"] == "analog"
 

@@ -671,7 +671,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def _precision(name: str, device: torch.device) -> bool:
-    """Whether to train in bf16. auto: on GPUs that have it, and on processors where a trial is faster in it."""
+    """Whether to train in bf16. auto: on GPUs that have it, and on processors that have it where a trial is 1.3 times
+    as fast in it."""
     if name not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision must be auto, fp32 or bf16, not {name!r}")
     able = torch.cpu.get_capabilities()

@@ -60,8 +60,8 @@ class Stage:
     """Which epoch's weights the stage ends with: the best on the validation images, or the last."""
     recompute: bool = False
     """Compute batch norms, neurons and pools of a spiking stage again in the backward pass in place of keeping what
-    they gave: at several timesteps less memory, for a few percent of the time. On a GPU, steps are then not
-    recorded and replayed."""
+    they gave: at five timesteps less memory, for about a tenth of the time. On a GPU, steps are then not recorded and
+    replayed."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:

@@ -6,7 +6,7 @@ Runs of one recipe with other seeds are a group, shown as mean and spread; detai
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,8 +82,9 @@ def _verdict(group: Group) -> str:
         text += "."
     if last["operations"]:
         full, short = energy.total(last, energy.exact), energy.total(last, energy.int8)
+        whose = "Its" if len(group.runs) == 1 else f"{group.runs[0].path.name}'s"
         text += (
-            f" Its operations would cost {_times(full.cnn_fp32, full.snn)} energy than the CNN's in fp32, and "
+            f" {whose} operations would cost {_times(full.cnn_fp32, full.snn)} energy than the CNN's in fp32, and "
             f"{_times(short.cnn_int8, short.snn)} in 8 bits: counted with every spike, at figures for 45 nm, without "
             "memory; not measured."
         )
@@ -158,6 +159,8 @@ def _markdown(sections: list[dict[str, Any]]) -> str:
     parts = []
     for section in sections:
         parts.append(f"# {section['group'].name}\n\n{section['verdict']}\n")
+        if len(runs := section["group"].runs) > 1:
+            parts.append(f"What is not a mean over seeds is of {runs[0].path.name}, the first of them.\n")
         parts += [table.markdown() for table in section["tables"]]
         parts += [f"- {sentence}\n" for sentence in section["health"]]
         parts.append("\n".join(f"- {key}: {value}" for key, value in section["provenance"]) + "\n")
@@ -171,11 +174,16 @@ def _provenance(group: Group) -> list[tuple[str, str]]:
     where = f"{machine.get('gpu') or machine.get('cpu')}, {machine.get('threads')} threads, {trained['precision']}"
     versions = ", ".join(f"{name} {number}" for name, number in (trained["versions"] or {}).items())
     epochs = ", ".join(f"{name_of(stage.steps)} {stage.epochs:g}" for stage in recipe.stages)
+
+    def each(commits: Iterable[str | None]) -> str:
+        return ", ".join(dict.fromkeys(map(str, commits)))
+
     return [
         ("recipe", recipe.name), ("network", recipe.net), ("images", Path(found["data"]["source"]).name),
         ("epochs", epochs),
         ("seeds", ", ".join(str(run.recipe.seed) for run in group.runs)), ("trained on", where), ("versions", versions),
-        ("commit", str(trained["commit"])), ("measured with commit", str(found["commit"])),
+        ("commit", each(found["trained"]["commit"] for found in group.measured)),
+        ("measured with commit", each(found["commit"] for found in group.measured)),
         ("folders", ", ".join(run.path.name for run in group.runs)),
     ]  # fmt: skip
 
