@@ -1,6 +1,8 @@
 """Conversion: which operations become neurons, what the thresholds are, what is refused."""
 
 import copy
+import io
+import pickle
 import warnings
 from functools import partial
 
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from unitstep import LIF, nets, to_spiking
 from unitstep.calibration import calibrate_
-from unitstep.conversion import spiking
+from unitstep.conversion import Spiking, spiking
 from unitstep.neuron import SharedDropout
 
 # One threshold per layer, membranes from 0: what can be followed by hand.
@@ -84,6 +86,39 @@ def test_a_kept_module_may_not_change_in_place_what_is_the_same_at_all_timesteps
 
     with pytest.raises(ValueError, match=r"block.*changes stem in place.*write it without in-place"):
         plainly(Joining().eval(), IMAGES, steps=3, leaf_modules=("block",))
+
+
+class Indexed(nn.Module):
+    """What is hard to write down: max pools that are functions, slices, constants, sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(64, 3)
+        self.register_buffer("scale", torch.linspace(0.5, 2, 4)[:, None, None])
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm(self.a(x))), 2)
+        x = F.relu(self.b(x) + x) * self.scale
+        x = torch.cat([x[:, 2:], x[:, :2]], 1)
+        return self.head(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("cnn", [Shared, Indexed])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_network_can_be_saved_whole(cnn, steps):
+    snn = plainly(cnn().eval(), IMAGES, steps=steps)
+    file = io.BytesIO()
+    torch.save(snn, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert isinstance(again, Spiking)
+    assert torch.equal(again(IMAGES, steps), snn(IMAGES, steps))
+    assert [vars(row) for row in again.report.rows] == [vars(row) for row in snn.report.rows]
+    assert list(again.lifs) == list(snn.lifs)
+    fused = pickle.loads(pickle.dumps(again.fuse(IMAGES, steps)))
+    assert torch.equal(fused(IMAGES), snn.fuse(IMAGES, steps)(IMAGES))
+    assert pickle.loads(pickle.dumps(again.train())).training
 
 
 def test_the_cnn_is_untouched_and_names_remain():

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from unitstep.fusing import BATCH_NORMS, CATS, CONVOLUTIONS, argument, fold_norm, fuse, kind_of, module_of
+from unitstep.graphs import Graph
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF, Height, SharedDropout, check_steps, read_out, repeat
 
@@ -133,7 +134,7 @@ class ConversionError(ValueError):
         self.report = report
 
 
-class Spiking(fx.GraphModule):  # type: ignore[misc,unused-ignore]
+class Spiking(Graph):
     """A network callable with any number of timesteps: `snn(images, steps=3)`.
 
     images [B, C, H, W] → logits [B, classes], the readout's sum or mean over the steps. No state survives a call.
@@ -283,7 +284,7 @@ class _Proxy(fx.Proxy):  # type: ignore[misc,unused-ignore]
 class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
     """Notes for each operation the line that calls it, and where it was when tracing failed."""
 
-    def __init__(self, leaf_modules: LeafModules) -> None:
+    def __init__(self, leaf_modules: LeafModules = ()) -> None:
         super().__init__()
         self.leaf_modules = leaf_modules
         self.path = ""

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrize
 
+from unitstep.graphs import Graph
 from unitstep.neuron import LIF, SharedDropout, check_steps, membranes, read_out, repeat
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -126,7 +127,7 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
         elif node.op == "get_attr":
             root.register_buffer(node.name, operator.attrgetter(str(node.target))(snn).detach().clone())
             node.target = node.name
-    return fx.GraphModule(root, graph, type(snn).__name__)
+    return Graph(root, graph, type(snn).__name__)
 
 
 def _plain(module: nn.Module) -> nn.Module:

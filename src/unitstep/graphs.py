@@ -1,0 +1,55 @@
+"""A graph module that can be pickled, and so given to `torch.save` and to other processes. Knows nothing of spikes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.nn import functional as F
+
+
+class Graph(fx.GraphModule):  # type: ignore[misc,unused-ignore]
+    """An `fx.GraphModule` that is pickled as a list of its operations. (torch's own would be traced again when it is
+    read, which loses its class and what the nodes' `meta` say, and fails where a function depends on the timesteps.)"""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        operations = []
+        for node in self.graph.nodes:
+            target: Any = node.target
+            if "<locals>" in getattr(target, "__qualname__", ""):  # F.max_pool2d
+                target = _Reference(target.__name__)
+            meta = {key: value for key, value in node.meta.items() if key != "nn_module_stack"}
+            operations.append((node.op, target, _written(node.args), _written(node.kwargs), node.name, meta))
+        state = {key: value for key, value in self.__dict__.items() if key != "_graph"}
+        return _unpickled, (type(self).__mro__[1], state, operations)  # 0 is a class that torch makes for each instance
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """In a pickled graph, the output of an operation, or a function of torch.nn.functional."""
+
+    name: str
+
+
+def _written(value: Any) -> Any:
+    def reference(x: Any) -> Any:
+        return _Reference(x.name) if isinstance(x, fx.Node) else x
+
+    return fx.node.map_aggregate(value, reference)
+
+
+def _unpickled(kind: type[Graph], state: dict[str, Any], operations: list[tuple[Any, ...]]) -> Graph:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+
+    def read(value: Any) -> Any:
+        return fx.node.map_aggregate(value, lambda x: made[x.name] if isinstance(x, _Reference) else x)
+
+    for op, target, args, kwargs, name, meta in operations:
+        function = getattr(F, target.name) if isinstance(target, _Reference) else target
+        made[name] = graph.create_node(op, function, read(args), read(kwargs), name)
+        made[name].meta = meta
+    root = nn.Module()
+    root.__dict__ |= state
+    net = kind(root, graph)
+    net.meta = state["meta"]
+    return net
