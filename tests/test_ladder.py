@@ -207,6 +207,28 @@ def test_streamed_photos_go_down_the_ladder(tmp_path):
     assert measure_run(run)["stages"][-1]["test_images"] == 12
 
 
+def test_a_run_goes_on_with_the_images_that_it_was_begun_with(tmp_path, capsys):
+    photos = Path(write_images(tmp_path / "photos", train=40, test=3))
+    cnn, last = small(1).stages
+    mine = small(1, data=str(photos), channels=3, stages=(replace(cnn, epochs=1, batch=16), last))
+    train(mine, tmp_path / "in-the-cnn", time_limit=0.0)
+    while not train(mine, tmp_path / "run", time_limit=0.0).stages:
+        pass
+    (photos / "train/dog/0.jpg").rename(tmp_path / "0.jpg")
+    with pytest.raises(ValueError, match=r"75 training images now, and were 76 when training stopped"):
+        train(mine, tmp_path / "in-the-cnn")
+    (tmp_path / "0.jpg").rename(photos / "train/dog/0.jpg")
+    for split in ("train", "test"):  # the order of the classes is another
+        (photos / split / "cat").rename(photos / split / "zebra")
+    for folder in ("in-the-cnn", "run"):
+        with pytest.raises(ValueError, match=r"have the classes dog, zebra, but .* was trained on cat, dog"):
+            train(mine, tmp_path / folder)
+    other = train(replace(mine, data=write_images(tmp_path / "others", train=20)), tmp_path / "other")
+    assert main(["export", str(other.path), "--data", str(photos), "--out", str(tmp_path / "a.onnx")]) == 1
+    assert "have the classes dog, zebra" in capsys.readouterr().err
+    assert not (tmp_path / "a.onnx").exists()
+
+
 @pytest.mark.filterwarnings("always:1 unreadable images")  # the command line says so, rather than raise
 def test_unreadable_images_are_named(tmp_path, capsys):
     photos = Path(write_images(tmp_path / "photos", train=30, test=3))

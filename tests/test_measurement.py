@@ -52,7 +52,7 @@ def test_a_run_without_stages_and_one_of_other_classes(tmp_path, unbroken):
     with pytest.raises(ValueError, match="no finished stage to measure"):
         measure_run(run)
     photos = write_images(tmp_path / "photos", train=10, test=4)
-    with pytest.raises(ValueError, match=r"the test images have the classes .* but the run was trained on"):
+    with pytest.raises(ValueError, match=r"these images have the classes .* was trained on .* --data"):
         measure_run(unbroken.path, data=str(photos))
 
 

@@ -413,6 +413,7 @@ def _export(arguments: list[str]) -> int:
         trained = Run(run)
         snn, r = load(trained, steps), trained.recipe
         _, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
+        trained.check_images(val.classes)
         shown, labels = next(val.batches(images))
         if to == "nir":
             if form != "auto":

@@ -136,6 +136,7 @@ def conversion_alone(
     last, steps = run.net(finished[-1].index).to(where), finished[-1].stage.steps
     source = data or r.data
     split, val = load_train(source, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
+    run.check_images(split.classes)
     calibration = calibration_images(r, split).to(where)
     images = min(images, len(val))
     parts = zip(*(each.split(BATCH) for each in next(val.batches(images, seed=0))), strict=True)

@@ -141,6 +141,7 @@ def train(
         )
         if cnn is not None and not run.stage_path(0).exists():
             _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), train_split.classes)
+        run.check_images(train_split.classes, len(train_split))
         train_split, val_split = train_split.to(where), val_split.to(where)
 
         def stop() -> bool:
@@ -501,6 +502,8 @@ class _Fit:
             "seconds": self.seconds,
             "best_accuracy": self.best_accuracy,
             "losses": [loss.item() for loss in self.losses],
+            "classes": self.train.classes,
+            "images": len(self.train),
         }
         self.run.save(self.run.state_path, tensors, self.index, **info)
 

@@ -291,10 +291,7 @@ def measure_run(
     if not finished:
         raise ValueError(f"{run.path} has no finished stage to measure: unitstep train goes on with it")
     test = load_test(data or r.data, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
-    if test.classes != finished[0].classes:
-        raise ValueError(
-            f"the test images have the classes {test.classes}, but the run was trained on {finished[0].classes}"
-        )
+    run.check_images(test.classes)
     first, _ = next(test.batches(64))
     rows = []
     for stage in finished:

@@ -126,6 +126,23 @@ class Run:
         """Index of the stage that was interrupted, or None."""
         return int(read_about(self.state_path).get("index", -1)) if self.state_path.exists() else None
 
+    def check_images(self, classes: tuple[str, ...], number: int | None = None) -> None:
+        """ValueError if what is trained here was trained on images of other classes, or if training was interrupted on
+        another number of them."""
+        begun = read_about(self.state_path) if self.state_path.exists() else {}
+        for known in [*(stage.classes for stage in self.stages), tuple(begun.get("classes", classes))]:
+            if known != classes:
+                raise ValueError(
+                    f"these images have the classes {_some(classes)}, but {self.path} was trained on {_some(known)}: "
+                    "put those back, or name them by --data"
+                )
+        if number is not None and begun.get("images", number) != number:
+            raise ValueError(
+                f"there are {number:,} training images now, and were {begun['images']:,} when training stopped in "
+                f"{self.path}, so that it cannot go on as it would have: put those back, or move {self.state_path} "
+                "away to train that stage again"
+            )
+
     def _check(self, path: Path, info: dict[str, Any], index: int) -> dict[str, Any]:
         try:
             same = recipe_from_dict(info["recipe"]) == self.recipe  # fields that came later have their defaults
@@ -148,6 +165,10 @@ class Run:
             )
         tensors, info = self.load(path, index)
         return rebuild(self.recipe, len(info["classes"]), tensors, spikes=index > 0)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:10]) + (f" … ({len(names)})" if len(names) > 10 else "")
 
 
 def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
