@@ -363,6 +363,8 @@ def test_thresholds_and_leaks_are_brought_back_into_their_range(unbroken):
         for lif, leak in zip(snn.lifs.values(), (2.0, -1.0, 0.5, 1.0), strict=True):
             lif.threshold.fill_(-1.0)
             lif.leak.fill_(leak)
+    with pytest.raises(ValueError, match=r"neurons.relu1 have thresholds of 0 or less.*clamp_"):
+        snn.fuse(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
     clamp_(snn)
     assert [lif.threshold.item() for lif in snn.lifs.values()] == pytest.approx([1e-3] * 4)
     assert [lif.leak.item() for lif in snn.lifs.values()] == pytest.approx([1.0, 1e-3, 0.5, 1.0])

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _WHERE = {
-    "neuron": ("LIF",),
+    "neuron": ("LIF", "clamp_"),
     "exporting": ("to_onnx", "Parity"),
     "neuromorphic": ("to_nir",),
     "conversion": ("Spiking", "Report", "ConversionError"),
@@ -21,7 +21,7 @@ _WHERE = {
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [  # the public API
-    "LIF", "to_spiking", "Spiking", "Report", "ConversionError", "record", "Recipe", "Stage", "RECIPES", "recipe",
+    "LIF", "clamp_", "to_spiking", "Spiking", "Report", "ConversionError", "record", "Recipe", "Stage", "RECIPES", "recipe",
     "train", "Run", "load", "pretrained", "to_onnx", "to_nir", "Parity", "Measurement", "measure", "measure_run",
     "report",
 ]  # fmt: skip
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from unitstep.ladder import train
     from unitstep.measurement import Measurement, measure, measure_run
     from unitstep.neuromorphic import to_nir
-    from unitstep.neuron import LIF
+    from unitstep.neuron import LIF, clamp_
     from unitstep.recipes import RECIPES, Recipe, Stage, recipe
     from unitstep.reporting import report
     from unitstep.runs import Run, load

@@ -119,6 +119,11 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
             graph.erase_node(node)
         elif module is not None:
             if isinstance(module, LIF):
+                if (module.threshold <= 0).any() or not 0 < module.leak <= 1:
+                    raise ValueError(
+                        f"the neurons {node.target} have thresholds of 0 or less, or a leak outside (0, 1]: call "
+                        "unitstep.clamp_(network) after each optimiser step"
+                    )
                 node.name = str(node.target).removeprefix("neurons.")
                 module = Fire(module, steps, bool(node.kwargs.get("static")))
                 node.args, node.kwargs = node.args[:1], {}

@@ -309,7 +309,7 @@ def check_steps(steps: int) -> int:
 
 def clamp_(net: nn.Module) -> None:
     """Bring every threshold of `net` back above 0 and every leak back into (0, 1], in place. To be called after each
-    optimiser step."""
+    optimiser step of a training loop of your own; `train` does so."""
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, LIF):
