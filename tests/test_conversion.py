@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -119,6 +120,47 @@ def test_a_network_can_be_saved_whole(cnn, steps):
     fused = pickle.loads(pickle.dumps(again.fuse(IMAGES, steps)))
     assert torch.equal(fused(IMAGES), snn.fuse(IMAGES, steps)(IMAGES))
     assert pickle.loads(pickle.dumps(again.train())).training
+
+
+@pytest.mark.parametrize("place", ["", "relu", "norm", "pool"])
+def test_hooks_that_would_be_lost_are_refused(place):
+    parts = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "relu": nn.ReLU(), "pool": nn.MaxPool2d(2)}
+    cnn = nn.Sequential(OrderedDict(**parts, flatten=nn.Flatten(), head=nn.Linear(36, 2))).eval()
+    double = partial(lambda module, given, out: 2 * out)
+    kept = cnn.conv.register_forward_hook(double)
+    options = {"steps": 2, "norm": "fold", "max_pool": "average"}
+    assert not torch.equal(spiking(cnn)(IMAGES), (kept.remove(), spiking(cnn)(IMAGES))[1])
+    hook = cnn.get_submodule(place).register_forward_hook(double)
+    with pytest.raises(ValueError, match=r"forward hooks.* remove them, by remove\(\)"):
+        plainly(cnn, IMAGES, **options)
+    hook.remove()
+    plainly(cnn, IMAGES, **options)
+
+
+def test_what_is_not_finite_is_no_calibration():
+    cnn = Shared().eval()
+    images = IMAGES.clone()
+    images[3, 1, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match="must be finite numbers"):
+        plainly(cnn, images, steps=2)
+    with torch.no_grad():
+        cnn.a.weight[0, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"input currents of .*relu.* are not finite.*weights"):
+        plainly(cnn, IMAGES, steps=2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize(
+    ("wrap", "way_out"),
+    [
+        (torch.compile, "OptimizedModule is a wrapper: give the network in it, network._orig_mod"),
+        (nn.DataParallel, "DataParallel is a wrapper: give the network in it, network.module"),
+        (spiking, "is a spiking one already"),
+    ],
+)
+def test_wrapped_networks_are_named(wrap, way_out):
+    with pytest.raises(ValueError, match=way_out):
+        spiking(wrap(Shared().eval()))
 
 
 def test_the_cnn_is_untouched_and_names_remain():

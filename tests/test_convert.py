@@ -63,6 +63,15 @@ class Branching(Net):
         return super().forward(self.gate(x))
 
 
+class Soft(Net):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+def soft():
+    return Soft()
+
+
 def normed():
     net = Net()
     torch.nn.utils.parametrizations.weight_norm(net.a)
@@ -167,6 +176,7 @@ def test_what_does_not_convert_is_shown_in_the_report_and_nothing_is_written(fol
         (["convert", "mynet:number", *FASHION], "'int' object is not callable"),
         (["convert", "mynet:broken", *FASHION], "cannot be made: RuntimeError: no licence"),
         (["convert", "mynet:normed", *FASHION], "computes the weights of 'a' from others, as weight_norm does"),
+        (["convert", "mynet:soft", *FASHION], "gives probabilities: it ends in a softmax"),
         (["convert", "mynet:build", "--data", "fashion-mini"], "fails on images of 3×32×32"),
         (["convert", "mynet:build", "--size", "28", "--channels", "1"], "give --data"),
         (["convert", "mynet:build", *FASHION, "--weights", "mynet.py"], "is not a safetensors file"),
@@ -179,6 +189,11 @@ def test_errors_say_what_is_wrong(folder, capsys, arguments, message):
     assert main([*arguments, "--out", "runs/x"]) == 1
     assert message in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+def test_probabilities_are_not_trained_on(folder, capsys):
+    assert main(["train", "fashion-mini", "--net", "mynet:soft", "--out", "runs/x"]) == 1
+    assert "gives probabilities: it ends in a softmax" in capsys.readouterr().err
 
 
 def test_a_leaf_module_has_the_name_it_has_in_the_users_network(folder, capsys):

@@ -22,8 +22,8 @@ _WHERE = {
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [  # the public API
     "LIF", "clamp_", "to_spiking", "Spiking", "Report", "ConversionError", "record", "Recipe", "Stage", "RECIPES",
-    "recipe", "train", "Run", "load", "pretrained", "to_onnx", "to_nir", "Parity", "Measurement", "measure", "measure_run",
-    "report",
+    "recipe", "train", "Run", "load", "pretrained", "to_onnx", "to_nir", "Parity", "Measurement", "measure",
+    "measure_run", "report",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

@@ -96,6 +96,8 @@ def calibrate_(
         raise ValueError(f"scale must be greater than 0, not {scale}")
     if len(images) == 0:
         raise ValueError("calibration needs at least one image")
+    if images.is_floating_point() and not images.isfinite().all():
+        raise ValueError("calibration images must be finite numbers: some are NaN or infinite")
     training = {name: module.training for name, module in snn.named_modules()}
     snn.eval()
     _check_time_axis(snn, images)
@@ -116,6 +118,11 @@ def calibrate_(
                 V = _percentile(currents, p, per_channel=thresholds == "channel-percentile")
                 row.found = "maximum" if p == 100 else f"percentile {p:g}"
                 row.found += " per channel" if thresholds == "channel-percentile" else ""
+            if not V.isfinite().all():
+                raise ValueError(
+                    f"the input currents of {snn.report.place(name)} are not finite on these images: look for NaN or "
+                    "infinite weights before it"
+                )
             if scale != 1:
                 row.found += f" × {scale:g}"
             V = torch.where(V > 0, V * scale, 0.1)

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error (told in one sentence), 2 wrong usage, 3 stopped 
 the same command goes on.
 """
 
+import os
 import shlex
 import sys
 import warnings
@@ -64,7 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(here)  # where a user's own network may be imported from
     try:
         with _plain_warnings():
-            return verbs[verb](rest)
+            code = verbs[verb](rest)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # who read the output wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, FloatingPointError, OSError) as error:
         sys.stderr.write(f"unitstep: {error}\n")
         return 1

@@ -200,6 +200,7 @@ MAX_POOLS: dict[Any, Any] = {  # and the average pools that may take their place
 ADDITIONS: set[Any] = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub"}
 CONCATENATIONS: set[Any] = {*CATS, torch.stack}
 SCALINGS: set[Any] = {operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div", operator.neg}
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 # In-place operations and what they are otherwise.
 IN_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -325,6 +326,11 @@ def _is_users(file: str) -> bool:
 def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
     """A traced copy of `cnn` in evaluation mode that changes no value in place. ValueError, with the line in the user's
     file, if it cannot be traced."""
+    if _has_hooks(cnn):
+        raise ValueError(
+            f"{type(cnn).__name__} has forward hooks, which its spiking copy would not run: remove them, by remove() "
+            "of what registered them, or put what they do into forward"
+        )
     names = dict(cnn.named_modules())
     for leaf in leaf_modules:
         if isinstance(leaf, str) and leaf not in names:
@@ -335,7 +341,7 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
     except RuntimeError as error:  # of tensors that are computed
         raise ValueError(
             f"{type(cnn).__name__} cannot be copied; if it computes weights from others, make them plain before: "
-            f"torch.nn.utils.remove_weight_norm(module) ({error})"
+            f"torch.nn.utils.remove_weight_norm(module), or prune.remove(module, 'weight') ({error})"
         ) from error
     try:
         arguments = inspect.signature(net.forward).parameters
@@ -367,6 +373,10 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
         traced.graph.erase_node(option)
     traced.recompile()
     return traced
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _untraceable(cnn: nn.Module, error: Exception, path: str) -> str:
@@ -486,6 +496,10 @@ def spiking(
     ):
         if value not in known:
             raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
+    if isinstance(cnn, Spiking):
+        raise ValueError("the network is a spiking one already: calibrate_ finds new thresholds for it")
+    if (kind := type(cnn).__name__) in WRAPPERS:
+        raise ValueError(f"{kind} is a wrapper: give the network in it, network.{WRAPPERS[kind]}")
     if taken := [name for name, _ in cnn.named_children() if hasattr(Spiking, name)]:
         raise ValueError(f"the network has a module named {taken[0]}, which in spiking networks is another: rename it")
     if hasattr(cnn, "neurons"):
@@ -526,6 +540,8 @@ class _Conversion:
                 kind = kind_of(node, module_of(self.net, node))
                 path = str(node.target) if node.op == "call_module" else ""
                 self.rows[node] = Row(node.name, kind, path, node.meta.get("line", ""))
+        calls = [(node, str(node.target)) for node in self.rows if node.op == "call_module"]
+        hooked = [(node, path, module) for node, path in calls if _has_hooks(module := self.net.get_submodule(path))]
         self._norms()
         images = next(node for node in graph.nodes if node.op == "placeholder")
         with graph.inserting_after(images):
@@ -539,6 +555,11 @@ class _Conversion:
                 self._operation(node)
             elif node.op == "output":
                 self._output(node)
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        for node, path, module in hooked:
+            if not self.rows[node].refused and not (path in called and self.net.get_submodule(path) is module):
+                self.rows[node].became = "refused: its forward hooks would be lost: remove them, by remove() of what "
+                self.rows[node].became += "registered them"
         report = Report([row for row in self.rows.values() if row.became])
         if any(row.refused for row in report.rows):
             raise ConversionError(report)
@@ -831,9 +852,10 @@ class _Conversion:
     def _output(self, node: fx.Node) -> None:
         logits = node.args[0]
         if not isinstance(logits, fx.Node):
+            kind = next((kind.__name__ for kind in (dict, list, tuple) if isinstance(logits, kind)), repr(logits))
             raise ValueError(
-                f"the network returns {type(logits).__name__} of several values; only networks that return one tensor "
-                "of logits convert"
+                f"the network returns {kind}; only networks that return one tensor of logits convert: write it so that "
+                "it returns that alone"
             )
         if self.axis.get(logits) == "time":
             node.args = (self._read(logits, before=node),)

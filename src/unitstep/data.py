@@ -505,7 +505,7 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
             "Connect, or give a local folder: parquet shards or class folders work as well"
         ) from error
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, BadZipFile, ArrowException) as error:
-        what = "the folder" if local else "the Hugging Face hub's data set"
+        what = "the folder" if local else f"from the Hugging Face hub (there is no such folder in {Path.cwd()})"
         raise ValueError(
             f"cannot load {what} {place!r}: {error}{f' ({error.__cause__})' if error.__cause__ else ''}. "
             "Wanted: train-….parquet and test-….parquet, or image files in train/CLASS/ and test/CLASS/"
@@ -725,7 +725,7 @@ def _decode_all(
 
 def _unreadable(faults: Mapping[int, _Fault]) -> ValueError:
     name, why = next(iter(faults.values()))
-    way_out = "Repair or remove it, or leave such images out with bad_images='skip'"
+    way_out = "Repair or remove it, or leave such images out with bad_images='skip' (--bad-images skip)"
     return ValueError(f"unreadable image: {name} ({why}). {way_out}")
 
 

@@ -231,20 +231,7 @@ def convert(
     if weights is not None:
         load_weights_(cnn.get_submodule("cnn") if ":" in recipe.net else cnn, weights)
     images = calibration_images(recipe, split).to(where)
-    try:
-        with torch.no_grad():
-            logits = forward(cnn, images[:2], None)
-    except Exception as error:  # whatever the user's code raises
-        raise ValueError(
-            f"{recipe.net} fails on images of {recipe.channels}×{recipe.size}×{recipe.size}: {error}. --size and "
-            "--channels must be those that it was made for"
-        ) from error
-    if not isinstance(logits, Tensor) or logits.shape != (min(2, len(images)), len(split.classes)):
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"{recipe.net} gives {shape} for {min(2, len(images))} images, but logits of the {len(split.classes)} "
-            f"classes of {recipe.data!r} are wanted"
-        )
+    _check_output(recipe, cnn, split.classes)
     steps = recipe.stages[1].steps or 1
     snn = to_spiking(cnn, images, steps=steps, **structure(recipe, cnn), **finding(recipe))
     val = val.to(where)
@@ -254,6 +241,30 @@ def convert(
     found = {"steps": steps, "val_images": len(val), "cnn_val_accuracy": before, "val_accuracy": after}
     write_json(path / "conversion.json", {"schema": SCHEMA, **found, "report": snn.report.to_dict()})
     return Converted(run, snn, images, before, after)
+
+
+def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> None:
+    """ValueError if a user's CNN does not give logits [B, classes] of the recipe's images."""
+    images = torch.zeros(2, recipe.channels, recipe.size, recipe.size, dtype=torch.uint8)
+    try:
+        with torch.no_grad():
+            logits = forward(cnn.eval(), images.to(next(cnn.buffers()).device), None)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(
+            f"{recipe.net} fails on images of {recipe.channels}×{recipe.size}×{recipe.size}: {error}. --size and "
+            "--channels must be those that it was made for"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, len(classes)):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{recipe.net} gives {shape} for 2 images, but logits of the {len(classes)} classes of {recipe.data!r} are "
+            "wanted"
+        )
+    if len(classes) > 1 and (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:
+        raise ValueError(
+            f"{recipe.net} gives probabilities: it ends in a softmax. Let it return the logits before it; training and "
+            "prediction take the softmax themselves"
+        )
 
 
 def load_weights_(net: nn.Module, path: str | Path) -> None:
@@ -332,7 +343,10 @@ class _Fit:
                 raise ValueError(
                     f"{self.run.path} has no CNN and the recipe does not train one: unitstep convert puts it there"
                 )
-            return build_cnn(self.run.recipe, len(self.train.classes))
+            cnn = build_cnn(self.run.recipe, len(self.train.classes))
+            if ":" in self.run.recipe.net:
+                _check_output(self.run.recipe, cnn, self.train.classes)
+            return cnn
         above = self.run.net(self.index - 1)
         recipe = self.run.recipe
         if self.index > 1:
