@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,19 @@ TINY = [part for i in range(6) for part in (f"--stages.{i}.epochs", "0.02")]
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "unitstep", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes"]])
+def test_a_reader_who_has_seen_enough_is_no_error(arguments):
+    """`unitstep recipes | head -1`"""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "unitstep", *arguments], stdout=writes, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writes)
+    assert done.returncode == 1
+    assert done.stderr == ""
 
 
 def test_train_measure_and_the_errors_between(tmp_path, capsys):

@@ -98,6 +98,9 @@ def calibrate_(
         raise ValueError("calibration needs at least one image")
     if images.is_floating_point() and not images.isfinite().all():
         raise ValueError("calibration images must be finite numbers: some are NaN or infinite")
+    for name, tensor in snn.state_dict().items():
+        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+            raise ValueError(f"{name} must be finite numbers: some are NaN or infinite")
     training = {name: module.training for name, module in snn.named_modules()}
     snn.eval()
     _check_time_axis(snn, images)
@@ -118,11 +121,6 @@ def calibrate_(
                 V = _percentile(currents, p, per_channel=thresholds == "channel-percentile")
                 row.found = "maximum" if p == 100 else f"percentile {p:g}"
                 row.found += " per channel" if thresholds == "channel-percentile" else ""
-            if not V.isfinite().all():
-                raise ValueError(
-                    f"the input currents of {snn.report.place(name)} are not finite on these images: look for NaN or "
-                    "infinite weights before it"
-                )
             if scale != 1:
                 row.found += f" × {scale:g}"
             V = torch.where(V > 0, V * scale, 0.1)
@@ -277,6 +275,7 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
         close = {"rtol": 1e-3, "atol": 1e-3 * max(1e-30, one.abs().max().item())}
         return rows(full).shape == one.shape and torch.allclose(rows(full), one, **close)
 
+    order = {node: number for number, node in enumerate(snn.graph.nodes)}
     for node in snn.graph.nodes:
         row = node.meta.get("row")
         ours = node.target in (repeat, read_out) or str(node.target).startswith("neurons.")
@@ -294,8 +293,9 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
                 f"{snn.report.place(row)} acts on the last dimension, the batch norm {node.meta['vectors']}, which was "
                 'folded into it, on the second: use norm="keep"'
             )
-        copies = [given for given in node.all_input_nodes if given.target is repeat and len(given.args[0].users) > 1]
-        versions = {given: whole.env[given]._version for given in copies}
+        repeated = [given for given in node.all_input_nodes if given.target is repeat]
+        needed = [given for given in repeated if any(order[user] > order[node] for user in given.args[0].users)]
+        before = {given: whole.env[given].clone() for given in needed}
         try:
             full, one = whole.run_node(node), part.run_node(node)
         except Exception as error:  # whatever an operation raises on a shape that it was not made for
@@ -307,10 +307,10 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
                 f"{snn.report.place(row)} joins or cuts the first dimension, which holds images and timesteps: write "
                 "it so that it acts on each image alone, e.g. torch.flatten(x, 1), torch.cat(parts, 1), x.mean((2, 3))"
             )
-        for given, version in versions.items():
-            if whole.env[given]._version != version:
+        for given, value in before.items():
+            if not torch.equal(whole.env[given], value):
                 raise ValueError(
-                    f"{snn.report.place(row)} changes {given.args[0].name} in place, which is used elsewhere and the "
+                    f"{snn.report.place(row)} changes {given.args[0].name} in place, which is used afterwards and the "
                     "same at all timesteps: write it without in-place"
                 )
         if timed:

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -49,15 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "recipes": _recipes, "train": _train, "convert": _convert, "pack": _pack, "measure": _measure,
         "report": _report, "export": _export, "predict": _predict, "bench": _bench,
+        "-h": _usage, "--help": _usage, "--version": _version,
     }  # fmt: skip
-    if verb in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0
-    if verb == "--version":
-        from importlib.metadata import version
-
-        sys.stdout.write(f"unitstep {version('unitstep')}\n")
-        return 0
     if verb not in verbs:
         sys.stderr.write(f"unitstep: no verb {verb!r}\n\n{USAGE}")
         return 2
@@ -68,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = verbs[verb](rest)
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # who read the output wants no more of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # who read the output wants no more of it; nor should Python flush the rest at its end
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, FloatingPointError, OSError) as error:
         sys.stderr.write(f"unitstep: {error}\n")
@@ -77,6 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("unitstep: interrupted\n")
         return 130
+
+
+def _usage(arguments: list[str]) -> int:
+    sys.stdout.write(USAGE)
+    return 0
+
+
+def _version(arguments: list[str]) -> int:
+    from importlib.metadata import version
+
+    sys.stdout.write(f"unitstep {version('unitstep')}\n")
+    return 0
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -403,12 +404,15 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
     modules = {name for name, module in net.named_modules(remove_duplicate=False) if getattr(module, "inplace", False)}
     sizes: set[fx.Node] = set()  # numbers: `n -= 1` makes a new one
 
+    @cache
+    def shares(node: fx.Node) -> bool:
+        """Whether its output may be its input's memory."""
+        module = module_of(net, node)
+        unknown = module is not None and not type(module).__module__.startswith("torch.")  # may return its input
+        return _what(node, module) in VIEWS or unknown or kind_of(node, module) in STOCHASTIC_DEPTH
+
     def root(node: fx.Node) -> fx.Node:
-        while node.all_input_nodes:
-            module = module_of(net, node)
-            unknown = module is not None and not type(module).__module__.startswith("torch.")  # may return its input
-            if _what(node, module) not in VIEWS and not unknown and kind_of(node, module) not in STOCHASTIC_DEPTH:
-                break
+        while shares(node) and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return node
 

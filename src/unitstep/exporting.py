@@ -129,6 +129,7 @@ def to_onnx(
     told |= {"accuracy": parity.file_accuracy, "accuracy_images": parity.images}
     onnx.helper.set_model_props(model, {KEY: json.dumps(told)})
     del model.graph.output[1:]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(path), model.SerializeToString())
     return parity
 

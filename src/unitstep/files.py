@@ -14,8 +14,7 @@ from torch import Tensor
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; its folder is made. OSError, with the old file untouched, if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all. OSError, with the old file untouched, if that fails."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:

@@ -6,6 +6,8 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional as F
 
+GENERATED = {"_graph", "_code", "_lineno_map", "_prologue_start", "_compiled_call_impl"}
+
 
 class Graph(fx.GraphModule):  # type: ignore[misc,unused-ignore]
     """An `fx.GraphModule` that is pickled as a list of its operations. (torch's own would be traced again when it is
@@ -19,7 +21,7 @@ class Graph(fx.GraphModule):  # type: ignore[misc,unused-ignore]
                 target = _Reference(target.__name__)
             meta = {key: value for key, value in node.meta.items() if key != "nn_module_stack"}
             operations.append((node.op, target, _written(node.args), _written(node.kwargs), node.name, meta))
-        state = {key: value for key, value in self.__dict__.items() if key != "_graph"}
+        state = {key: value for key, value in self.__dict__.items() if key not in GENERATED}
         return _unpickled, (type(self).__mro__[1], state, operations)  # 0 is a class that torch makes for each instance
 
 
@@ -51,5 +53,5 @@ def _unpickled(kind: type[Graph], state: dict[str, Any], operations: list[tuple[
     root = nn.Module()
     root.__dict__ |= state
     net = kind(root, graph)
-    net.meta = state["meta"]
+    net.__dict__ |= state  # what the graph does not use is in it, too
     return net

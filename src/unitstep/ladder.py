@@ -245,9 +245,10 @@ def convert(
 
 def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> None:
     """ValueError if a user's CNN does not give logits [B, classes] of the recipe's images."""
-    images = torch.zeros(2, recipe.channels, recipe.size, recipe.size, dtype=torch.uint8)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)  # also of weights that are made at the first call
+            images = torch.randint(256, (2, recipe.channels, recipe.size, recipe.size), dtype=torch.uint8)
             logits = forward(cnn.eval(), images.to(next(cnn.buffers()).device), None)
     except Exception as error:  # whatever the user's code raises
         raise ValueError(
@@ -260,7 +261,7 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
             f"{recipe.net} gives {shape} for 2 images, but logits of the {len(classes)} classes of {recipe.data!r} are "
             "wanted"
         )
-    if len(classes) > 1 and (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:
+    if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3 and not torch.equal(logits[0], logits[1]):
         raise ValueError(
             f"{recipe.net} gives probabilities: it ends in a softmax. Let it return the logits before it; training and "
             "prediction take the softmax themselves"

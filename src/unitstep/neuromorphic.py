@@ -51,6 +51,7 @@ def to_nir(
     graph = writer.run()
     content = io.BytesIO()
     nir.write(content, graph)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(path), content.getvalue())
     return graph
 

@@ -44,6 +44,7 @@ def report(
     sections = [_section(group, models) for group in groups]
     text = _html(groups, sections) if format == "html" else _markdown(sections)
     out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text.encode())
     return out
 

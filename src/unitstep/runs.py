@@ -129,12 +129,14 @@ class Run:
     def check_images(self, classes: tuple[str, ...], number: int | None = None) -> None:
         """ValueError if what is trained here was trained on images of other classes, or if training was interrupted on
         another number of them."""
-        begun = read_about(self.state_path) if self.state_path.exists() else {}
+        index = self.state_index()
+        begun = {} if index is None or self.stage_path(index).exists() else read_about(self.state_path)
+        way_out = "name those by --data" if number is None else "put those back, or train in another folder"
         for known in [*(stage.classes for stage in self.stages), tuple(begun.get("classes", classes))]:
             if known != classes:
                 raise ValueError(
                     f"these images have the classes {_some(classes)}, but {self.path} was trained on {_some(known)}: "
-                    "put those back, or name them by --data"
+                    + way_out
                 )
         if number is not None and begun.get("images", number) != number:
             raise ValueError(

@@ -120,6 +120,10 @@ def _race(case: Case, threads: tuple[int, ...], rounds: int) -> list[Speed]:
                 speed = [case.batch / statistics.mean(seconds) for seconds in turns]
                 speeds.append(Speed(contender, count, speed, memory[contender]))
         return speeds
+    except (EOFError, BrokenPipeError) as error:
+        raise ValueError(
+            "the process of a network under test ended early, perhaps for want of memory: a smaller --batch takes less"
+        ) from error
     finally:
         for worker, pipe in zip(workers, pipes.values(), strict=True):
             if worker.is_alive():
