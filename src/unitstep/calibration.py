@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from unitstep.conversion import LeafModules, MaxPool, Norm, Readout, Spiking, spiking, trace
 from unitstep.fusing import BATCH_NORMS
@@ -99,7 +100,7 @@ def calibrate_(
     if images.is_floating_point() and not images.isfinite().all():
         raise ValueError("calibration images must be finite numbers: some are NaN or infinite")
     for name, tensor in snn.state_dict().items():
-        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+        if isinstance(tensor, Tensor) and not is_lazy(tensor) and not tensor.isfinite().all():
             raise ValueError(f"{name} must be finite numbers: some are NaN or infinite")
     training = {name: module.training for name, module in snn.named_modules()}
     snn.eval()
