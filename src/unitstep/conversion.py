@@ -562,8 +562,7 @@ class _Conversion:
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         for node, path, module in hooked:
             if not self.rows[node].refused and not (path in called and self.net.get_submodule(path) is module):
-                self.rows[node].became = "refused: its forward hooks would be lost: remove them, by remove() of what "
-                self.rows[node].became += "registered them"
+                self._refuse(node, "its forward hooks would be lost: remove them, by remove() of what registered them")
         report = Report([row for row in self.rows.values() if row.became])
         if any(row.refused for row in report.rows):
             raise ConversionError(report)
