@@ -296,6 +296,11 @@ def test_streaming_does_not_depend_on_workers(streamed: Split, photos: str) -> N
         assert same(list(other.batches(64, seed=3, augment="resized-crop-flip", start=1)), whole[1:])
 
 
+def test_streamed_images_are_not_padded(streamed: Split) -> None:
+    with pytest.raises(ValueError, match="cannot be padded and cropped: set augment to resized-crop-flip"):
+        next(streamed.batches(8, seed=0, augment="crop-flip"))
+
+
 def test_streamed_evaluation_resizes_and_crops(photos: str) -> None:
     test = load_test(photos, size=28, channels=3, memory_limit=0, workers=0)
     assert isinstance(test, Streamed)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,6 +229,8 @@ def test_a_run_goes_on_with_the_images_that_it_was_begun_with(tmp_path, capsys):
     other = train(mine, tmp_path / "other")
     other.state_path.write_bytes(left)  # as after a crash: of a stage that is finished
     train(mine, other.path)
+    with pytest.raises(ValueError, match=r"have the classes dog, zebra, but .* was trained on cat, dog"):
+        train(replace(mine, data=str(photos)), tmp_path / "its cnn", cnn=other)
     assert main(["export", str(other.path), "--data", str(photos), "--out", str(tmp_path / "a.onnx")]) == 1
     assert "have the classes dog, zebra" in capsys.readouterr().err
     assert not (tmp_path / "a.onnx").exists()
@@ -395,3 +398,59 @@ def test_a_stage_in_which_spikes_vanish_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "net", high)
     with pytest.warns(UserWarning, match=r"stage t1 starts with layers that never fire \(relu1, relu2"):
         train(small(2, 1, norm="none"), tmp_path / "run")
+
+
+def test_a_command_that_trained_nothing_leaves_no_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "_precision", lambda name, _: name == "bf16")
+    photos = tmp_path / "photos"
+    mine = small(1, data=str(photos), channels=3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    with pytest.raises(ValueError, match="no such folder"):
+        train(mine, tmp_path / "run", precision="bf16")
+    torch.set_num_threads(threads)
+    write_images(photos, train=40, test=3)
+    run = train(mine, tmp_path / "run", precision="fp32")
+    assert (run.about["machine"]["threads"], run.about["precision"]) == (threads, "fp32")
+
+
+def test_a_cnn_that_is_taken_over_is_validated_here_and_not_swapped(unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "accuracy", lambda *_: 12.5)
+    straight = replace(unbroken.recipe, stages=(unbroken.recipe.stages[0], unbroken.recipe.stages[-1]))
+    run = train(straight, tmp_path / "run", cnn=unbroken)
+    assert run.stages[0].val_accuracy == 12.5
+    train(straight, tmp_path / "run", cnn=unbroken)
+    other = train(replace(straight, seed=1), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"has a CNN already, and it is not that of .*other"):
+        train(straight, tmp_path / "run", cnn=other)
+
+
+def test_the_first_rung_that_loses_too_much_is_said(tmp_path, capsys):
+    run = train(small(3, 2, 1), tmp_path)
+    for index, accuracy in enumerate((85.0, 83.0, 85.0)):
+        tensors, info = run.load(run.stage_path(index), index)
+        given = {key: info[key] for key in ("seconds", "classes")}
+        run.save(run.stage_path(index), tensors, index, val_accuracy=accuracy, **given)
+    run.stage_path(3).unlink()
+    assert main(["train", "--from", str(tmp_path), "--max-loss", "1"]) == 0
+    assert "the ladder ends at t3, which loses 2.00 points" in capsys.readouterr().err
+
+
+def test_random_numbers_of_gpus_are_left_alone(unbroken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("a GPU was seeded"))
+    load(unbroken, steps=1)
+
+
+def test_bf16_that_is_only_emulated_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _=None: SimpleNamespace(major=7))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert not ladder._precision("auto", torch.device("cuda"))
+
+
+def test_the_trial_of_bf16_does_not_import_from_the_current_folder(trial_of_bf16, tmp_path, monkeypatch):
+    usual = trial_of_bf16()
+    (tmp_path / "random.py").write_text("1/0")
+    monkeypatch.chdir(tmp_path)
+    assert (trial_of_bf16() is None) == (usual is None)

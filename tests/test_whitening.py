@@ -107,3 +107,15 @@ def test_networks_without_such_a_convolution_are_refused(images):
     grouped = nn.Conv2d(2, 2, 3, groups=2)
     with pytest.raises(ValueError, match="cut into groups"):
         whiten_(grouped, torch.rand(4, 2, 8, 8), fresh=False)
+
+
+def test_the_weights_of_an_own_network_stay(tmp_path, monkeypatch):
+    (tmp_path / "whitened_own.py").write_text(
+        "import torch\nfrom torch import nn\ndef build():\n    torch.manual_seed(5)\n"
+        "    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5408, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    step = replace(WHITE.stages[0], lr=1e-12, epochs=1e-9)  # one, of no size
+    run = train(replace(WHITE, net="whitened_own:build", stages=(step,)), tmp_path / "run")
+    torch.manual_seed(5)
+    torch.testing.assert_close(run.net(0).get_parameter("cnn.0.weight"), nn.Conv2d(1, 8, 3).weight, rtol=0, atol=1e-4)

@@ -202,9 +202,10 @@ def _train(arguments: list[str]) -> int:
                 return 130
         stages = run.stages
         unfinished = len(run.recipe.stages) - len(stages)
-        lost = stages[0].val_accuracy - stages[-1].val_accuracy if stages else 0.0
-        if unfinished and max_loss is not None and lost > max_loss:
-            _say(f"the ladder ends at {stages[-1].stage.name}, which loses {lost:.2f} points against the CNN")
+        lost = [(stage.stage.name, stages[0].val_accuracy - stage.val_accuracy) for stage in stages]
+        ends = [(name, loss) for name, loss in lost if max_loss is not None and loss > max_loss]
+        if unfinished and ends:
+            _say(f"the ladder ends at {ends[0][0]}, which loses {ends[0][1]:.2f} points against the CNN")
         elif unfinished:
             _say(f"stopped at the time limit; to go on: {again}")
             return 3
@@ -618,6 +619,7 @@ class _bars:
         )  # fmt: skip
         self.progress = progress.Progress(*fields, console=_console(), disable=not sys.stdout.isatty())
         self.tasks: dict[str, Any] = {}
+        self.losses: dict[str, str] = {}
 
     def __enter__(self) -> "_bars":
         self.progress.start()
@@ -636,8 +638,9 @@ class _bars:
 
     def training(self, now: "Progress") -> None:
         best = "" if now.best is None else f"validation {now.best:.2f} %"
-        loss = "" if now.loss is None else f"loss {now.loss:.3f}"
-        self._update(now.stage.name, now.step, now.total, f"{loss:10} {best}")
+        if now.loss is not None:  # a GPU tells it now and then
+            self.losses[now.stage.name] = f"loss {now.loss:.3f}"
+        self._update(now.stage.name, now.step, now.total, f"{self.losses.get(now.stage.name, ''):10} {best}")
         if now.done and self.progress.disable:
             sys.stdout.write(f"{now.stage.name}: validation {now.best:.2f} %, {now.seconds:.0f} s\n")
 

@@ -337,6 +337,11 @@ class Streamed(Split):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if changes.cutout:
             raise ValueError("images that are streamed have no cutout: set it to 0")
+        if changes.augment == "crop-flip":
+            raise ValueError(
+                "images that are streamed, as sets of more than 4 GiB are, cannot be padded and cropped: set augment "
+                "to resized-crop-flip, flip or none"
+            )
         jobs = (_Job(self._rows[positions].tolist(), seed, changes.augment) for positions in batches)
         pin = self._device.type == "cuda"
         decoded = _decode_all(self._reader, jobs, min(self._workers, len(batches)), pin)

@@ -2,7 +2,8 @@
 timestep. Knows nothing of screens.
 
 All randomness of an optimiser step is a function of (seed, stage, step): images, augmentation and dropout. So a run
-that was stopped anywhere, and goes on, is the run that was never stopped.
+that was stopped anywhere, and goes on, is the run that was never stopped (on a GPU as nearly as two runs there are the
+same, since its kernels add in any order).
 """
 
 import contextlib
@@ -94,6 +95,19 @@ def _sigint() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, usual)
 
 
+@contextlib.contextmanager
+def ieee() -> Iterator[None]:
+    """Let convolutions in fp32 be in fp32 on a GPU, too, in place of TF32, whose 10 bits make other spikes than the
+    exported network has."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@ieee()
 def train(
     recipe: Recipe,
     out: str | Path,
@@ -112,8 +126,8 @@ def train(
     got.
 
     data: images to use in place of the recipe's.
-    cnn: a run whose trained CNN is taken over, so that several ladders start from the same one; its accuracy and
-    seconds come with it.
+    cnn: a run whose trained CNN is taken over, so that several ladders start from the same one; its seconds come with
+    it.
     device: auto, cpu, cuda.  precision: auto, fp32, bf16 (mixed: weights, membranes, evaluation stay fp32).
     compile: fuse the neurons by torch.compile; auto does where a compiler is there and the stage is long enough to
     gain. On a GPU, auto and on also record a step once and replay it.
@@ -126,7 +140,7 @@ def train(
     where = choose_device(device)
     if data is not None:
         recipe = replace(recipe, data=data)
-    if precision == "auto" and (Path(out) / "recipe.json").exists():
+    if precision == "auto" and begun(Path(out)) and (Path(out) / "recipe.json").exists():
         precision = Run(out).about.get("precision", "auto")  # a run goes on as it was begun
     amp = _precision(precision, where)
     run = open_run(out, recipe, precision="bf16" if amp else "fp32", device=where.type)
@@ -139,10 +153,10 @@ def train(
         train_split, val_split = load_train(
             recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
         )
-        if cnn is not None and not run.stage_path(0).exists():
-            _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), train_split.classes)
-        run.check_images(train_split.classes, len(train_split))
         train_split, val_split = train_split.to(where), val_split.to(where)
+        if cnn is not None:
+            _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), val_split, where)
+        run.check_images(train_split.classes, len(train_split))
 
         def stop() -> bool:
             return interrupted.is_set() or time.monotonic() > limit
@@ -167,22 +181,31 @@ def train(
     return run
 
 
-def _take_cnn(run: Run, source: Run, classes: tuple[str, ...]) -> None:
-    """Write the CNN of `source` as the first stage of `run`. ValueError if it is not trained, or another network."""
+def _take_cnn(run: Run, source: Run, val: Split, device: torch.device) -> None:
+    """Write the CNN of `source` as the first stage of `run`. ValueError if it is not trained, or another network, or
+    for other classes, or if `run` has one already that is not the same."""
     if not source.stage_path(0).exists():
         raise ValueError(f"{source.path} has no trained CNN to start from: unitstep train goes on with it")
+    source.check_images(val.classes)
     tensors, info = source.load(source.stage_path(0), 0)
     alike = ("net", "size", "channels", "pool", "pixel_zero", "pixel_scale")
     if other := [name for name in alike if getattr(source.recipe, name) != getattr(run.recipe, name)]:
         raise ValueError(f"the CNN of {source.path} is not this recipe's network: other {', '.join(other)}")
     try:
-        rebuild(run.recipe, len(classes), tensors, spikes=False)
+        net = rebuild(run.recipe, len(val.classes), tensors, spikes=False)
     except ValueError as error:
         raise ValueError(f"the CNN of {source.path} is not this recipe's network: {error}") from error
-    if tuple(info["classes"]) != classes:
-        raise ValueError(f"the CNN of {source.path} was trained for other classes: {', '.join(info['classes'][:10])}")
-    given = {key: info[key] for key in ("val_accuracy", "seconds", "classes")}
-    run.save(run.stage_path(0), tensors, 0, **given)
+    if run.stage_path(0).exists():
+        there, _ = run.load(run.stage_path(0), 0)
+        if not all(torch.equal(tensor, there[name]) for name, tensor in tensors.items()):
+            raise ValueError(
+                f"{run.path} has a CNN already, and it is not that of {source.path}: choose another folder, or leave "
+                "--cnn out"
+            )
+        return
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found = accuracy(net, val, None, device)  # of these images, which may not be those that `source` was validated on
+    run.save(run.stage_path(0), tensors, 0, val_accuracy=found, seconds=info["seconds"], classes=val.classes)
 
 
 @dataclass(frozen=True)
@@ -199,6 +222,7 @@ class Converted:
     """Percent of the validation images: of the CNN, and of `snn` without any training."""
 
 
+@ieee()
 def convert(
     recipe: Recipe,
     out: str | Path,
@@ -247,7 +271,7 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
     """ValueError if a user's CNN does not give logits [B, classes] of the recipe's images."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)  # also of weights that are made at the first call
+            torch.default_generator.manual_seed(recipe.seed)  # also of weights that are made at the first call
             images = torch.randint(256, (2, recipe.channels, recipe.size, recipe.size), dtype=torch.uint8)
             logits = forward(cnn.eval(), images.to(next(cnn.buffers()).device), None)
     except Exception as error:  # whatever the user's code raises
@@ -322,7 +346,7 @@ class _Fit:
         if run.recipe.whiten:
             images = calibration_images(run.recipe, train).to(device)
             given = () if self.stage.steps is None else (self.stage.steps,)
-            whiten_(self.net, images, *given, fresh=index == 0)
+            whiten_(self.net, images, *given, fresh=index == 0 and ":" not in run.recipe.net)
         if self.stage.weight_bits is not None:
             round_weights_(self.net, self.stage.weight_bits)
         self.trained = recomputing(self.net) if self.stage.recompute and isinstance(self.net, Spiking) else self.net
@@ -398,7 +422,7 @@ class _Fit:
                 for images, labels in batches:
                     self._optimise(images, labels)
                     if self.step % self.per_epoch == 0 or self.step == self.total:
-                        self._end_epoch(epoch + 1)
+                        self._end_epoch(epoch + 1, clock)
                     now = time.monotonic()
                     self.seconds, clock = self.seconds + now - clock, now
                     self._tell()
@@ -421,7 +445,10 @@ class _Fit:
 
     def _optimise(self, images: Tensor, labels: Tensor) -> None:
         """One optimiser step on images uint8 [B, C, H, W] and labels [B]."""
-        torch.manual_seed(mix(self.run.recipe.seed, self.index, self.step, 0))  # dropout
+        seed = mix(self.run.recipe.seed, self.index, self.step, 0)  # of dropout
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs that are not ours, too
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         for group in self.optimizer.param_groups:
             lr = group["times"] * learning_rate(self.stage, self.step, self.total)
             if isinstance(group["lr"], Tensor):
@@ -470,8 +497,9 @@ class _Fit:
                 f"rate helps most often (--stages.{self.index}.lr, now {self.stage.lr})"
             )
 
-    def _end_epoch(self, epoch: int) -> None:
-        """Validate, keep the weights if they are the best so far (on a tie the later ones) or the last count, log."""
+    def _end_epoch(self, epoch: int, clock: float) -> None:
+        """Validate, keep the weights if they are the best so far (on a tie the later ones) or the last count, log.
+        clock: when the epoch's last step began."""
         self._check_finite()  # waits for the device
         trained = time.monotonic()
         images = (self.step - self.since[0]) * min(self.stage.batch, len(self.train))
@@ -490,7 +518,10 @@ class _Fit:
             "loss": round(loss, 5),
             "val_accuracy": val,
         }
-        row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), "seconds": round(self.seconds, 1)}
+        row |= {
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "seconds": round(self.seconds + validated - clock, 1),
+        }
         row |= {"images_per_second": round(images / (trained - self.since[1]), 1)}  # without validation
         # memory: of the stage so far
         row |= {"val_seconds": round(validated - trained, 3), "memory": _peak_memory(self.device)}
@@ -699,7 +730,7 @@ def _precision(name: str, device: torch.device) -> bool:
     ):
         return False
     if device.type == "cuda":
-        return name == "bf16" or torch.cuda.is_bf16_supported()
+        return name == "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
     faster = _bf16_speed()
     if name == "bf16" and faster is None:
         raise ValueError(
@@ -730,6 +761,6 @@ print(min(fp32 for fp32, _ in pairs) / min(bf16 for _, bf16 in pairs))
 
 def _bf16_speed() -> float | None:
     """How many times faster than in fp32 a convolution, forward and backward, is in bf16; None if bf16 crashes. Tried
-    in another process, since an illegal instruction would end this one."""
-    tried = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, text=True)
+    in another process, since an illegal instruction would end this one; -P: without modules of the current folder."""
+    tried = subprocess.run([sys.executable, "-P", "-c", _TRIAL], capture_output=True, text=True)
     return float(tried.stdout) if tried.returncode == 0 else None

@@ -178,7 +178,7 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
     the `Normalize` that turns pixels into its input."""
     r = recipe
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(r.seed)
+        torch.default_generator.manual_seed(r.seed)  # torch.manual_seed would seed the caller's GPUs, too
         if ":" in r.net:
             normalize = nets.Normalize(r.pixel_zero, r.pixel_scale)
             cnn = nets.imported(r.net)
@@ -253,12 +253,11 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
 
     if (path / "recipe.json").exists():
         run = Run(path)
-        changes = differences(run.recipe, recipe)
-        if changes and not begun(path):  # of a command that failed: there is nothing to protect
+        if not begun(path):  # of a command that failed: there is nothing to protect
             with locked(run):
                 write()
             return Run(path)
-        if changes:
+        if changes := differences(run.recipe, recipe):
             listed = "\n  ".join(changes)
             raise ValueError(
                 f"{path} was made by another recipe (there → here); choose another folder, or the same recipe:\n  "
