@@ -148,7 +148,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         return cell(mean(values), digits, stdev(values) if len(values) > 1 else None)
 
     text = [
-        "| batch norm | ladder | changed | CNN | before T = 1 | T = 1 | spikes per neuron | dead | n |",
+        "| batch norm | ladder | changed | CNN | before T = 1 | T = 1 | spikes per neuron | dead, worst layer | n |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (norm, ladder, variant), runs in lines(rows).items():

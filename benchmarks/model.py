@@ -18,6 +18,7 @@ from unitstep.compact import MODELS, load_compact, save_compact
 from unitstep.data import load_test, load_train
 from unitstep.exporting import describe, to_onnx
 from unitstep.files import write_whole
+from unitstep.groups import hardware
 from unitstep.measurement import Measurement, measure, wilson
 from unitstep.recipes import RECIPES, Recipe, recipe_from_dict, without_folder
 from unitstep.running import open_model
@@ -50,7 +51,7 @@ def card(name: str, of_run: dict[str, Any], found: Measurement, right: int) -> s
     images; right: how many of them the integer file gets right."""
     r, last, trained = recipe_from_dict(of_run["recipe"]), of_run["stages"][-1], of_run["trained"]
     neurons, rate = sum(layer.neurons for layer in found.layers), found.spikes_per_neuron or 0.0
-    machine, classes = trained["machine"], of_run["data"]["classes"]
+    classes = of_run["data"]["classes"]
     return CARD.format(
         name=name, data=without_folder(r).data, channels=r.channels, size=r.size, classes=len(classes),
         names=", ".join(classes),
@@ -59,7 +60,7 @@ def card(name: str, of_run: dict[str, Any], found: Measurement, right: int) -> s
         chosen=", on which it was chosen" if r.stages[-1].keep == "best" else "",
         before=last["test_accuracy"], val=last["val_accuracy"], rate=rate, spikes=rate * neurons, neurons=neurons,
         recipe=_shipped_as(r), net=r.net, seed=r.seed, seconds=sum(stage["seconds"] for stage in of_run["stages"]),
-        where=machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads", precision=trained["precision"],
+        where=hardware(trained["machine"], trained["device"]), precision=trained["precision"],
         commit=trained["commit"], torch=trained["versions"]["torch"],
         bytes=(MODELS / f"{name}.safetensors").stat().st_size,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RECORDS, mean_cell, table
+from unitstep.groups import hardware
 from unitstep.tables import PAPER, PAPER_STEPS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -81,9 +82,9 @@ def _line(name: str, found: dict[str, Any]) -> str:
         at_one += f" ({low:.2f}–{high:.2f})"
     epochs = ", ".join(f"{stage['epochs']:g}" for stage in run["recipe"]["stages"])
     minutes = sum(stage["seconds"]["mean"] for stage in stages) / 60
-    machine, versions = run["trained"]["machine"], run["trained"]["versions"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-    where = f"{where}, {run['trained']['precision']}, torch {versions['torch']}"
+    trained = run["trained"]
+    where = hardware(trained["machine"], trained["device"])
+    where = f"{where}, {trained['precision']}, torch {trained['versions']['torch']}"
     commits = ", ".join(dict.fromkeys(run["trained"]["commit"] or "" for run in found["runs"]))
     cells = [name, str(found["n"]), run["recipe"]["net"], mean_cell(stages[0]["test_accuracy"], 2), at_one]
     cells += [mean_cell(last["spikes_per_neuron"], 3), epochs, f"{minutes:.0f}", where, commits]

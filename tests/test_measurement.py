@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.small import small
 from tests.test_data import write_images
-from unitstep import Run, measure, measure_run
+from unitstep import Run, measure, measure_run, measurement
 from unitstep.conversion import spiking
 from unitstep.measurement import wilson
 from unitstep.runs import open_run
@@ -96,3 +96,30 @@ def test_what_gives_no_logits_or_is_asked_for_the_wrong_kind():
             measure(net, batches, steps=steps, device="cpu")
     with pytest.raises(ValueError, match="no images"):
         measure(cnn, [(torch.ones(0, 2, 4, 4), torch.zeros(0))], steps=None, device="cpu")
+
+
+def test_what_was_measured_is_kept_if_the_rest_fails(unbroken, tmp_path, monkeypatch):
+    def fails(*_args, **_options):
+        raise ValueError("no")
+
+    run = Run(shutil.copytree(unbroken.path, tmp_path / "run"))
+    monkeypatch.setattr(measurement, "conversion_alone", fails)
+    with pytest.raises(ValueError, match="no"):
+        measure_run(run, device="cpu", curve=True)
+    assert len(run.measurement["stages"]) == len(run.stages)
+    assert run.measurement["device"] == "cpu"
+
+
+def test_fp32_on_a_gpu_is_not_rounded_to_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    class Telling(nn.Module):
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return x.flatten(1)
+
+    measure(Telling(), [(torch.ones(3, 2, 1, 1), torch.zeros(3))], steps=None, device="cpu")
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32

@@ -293,3 +293,36 @@ class Product(nn.Module):
 
 def test_a_parameter_that_is_multiplied_counts_as_weights():
     assert operations(trace(Product()), torch.randn(1, 1, 6, 6))[-1].weights == 96
+
+
+class Least(nn.Module):
+    """Minimum pooling of spikes: the maximum of what is negated."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x):
+        return self.b(-F.max_pool2d(-torch.relu(self.a(x)), 2)).flatten(1)
+
+
+def test_negated_spikes_are_spikes():
+    torch.manual_seed(0)
+    images = torch.rand(8, 1, 8, 8)
+    snn = to_spiking(Least().eval(), images, steps=1, percentile=20)
+    found = measure(snn, [(images, torch.zeros(8))], steps=1, device="cpu")
+    with record(snn) as seen, torch.no_grad():
+        snn(images)
+    (spikes,) = (layer.spikes[0].float() for layer in seen.values())
+    reached = int((-F.max_pool2d(-spikes, 2)).sum()) * 2  # of a 3×3 input one output of each of two channels
+    assert 8 * found.operations[1].additions == reached > 0
+
+
+def test_values_before_a_max_pool_are_the_neurons_as_before_an_average_pool():
+    images = torch.randint(256, (8, 1, 28, 28), dtype=torch.uint8)
+    values = []
+    for pool in ("avg", "max"):
+        cnn = nets.build("vgg-mini", classes=10, channels=1, size=28, pool=pool).eval()
+        found = measure(to_spiking(cnn, images, steps=2), [(images, torch.zeros(8))], steps=2, device="cpu")
+        values.append([operation.values for operation in found.operations])
+    assert values[0] == values[1]

@@ -107,7 +107,10 @@ def test_the_tables_as_markdown(measured, tmp_path):
 
 def test_energy_by_your_own_figures(measured, tmp_path):
     text = report([measured], tmp_path / "report.md", format="md", pj=(2.5, 0.5)).read_text()
-    assert "own: Compute alone: 2.5 pJ for a multiply-accumulate, 0.5 for an accumulation." in text
+    assert (
+        "in the spiking network 2.5 pJ for a multiply-accumulate and 0.5 for an accumulation; but in the CNNs 4.6"
+        in text
+    )
     assert "| T = 1, own |" in text
     assert "<option>own</option>" in report([measured], tmp_path / "a.html", pj=(2.5, 0.5)).read_text()
 
@@ -120,8 +123,8 @@ def test_training_cost_from_a_log_and_from_one_of_an_older_version(measured, tmp
     (run.path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report([run], tmp_path / "report.md", format="md").read_text()
     first, second = (stage.seconds for stage in run.stages[:2])
-    assert f"| CNN | 1 | 100 | {first:.0f} | 25 | 300 |" in text
-    assert f"| T = 2 | 1 |  | {second:.0f} |  |  |" in text
+    assert f"| CNN | 0.2 | 100 | {first:.0f} | 25 | 300 |" in text
+    assert f"| T = 2 | 0.07 |  | {second:.0f} |  |  |" in text
     (run.path / "1-t2.safetensors").unlink()
     half = copied(run, tmp_path / "half", lambda found: found["stages"].__delitem__(slice(1, None)))
     assert "| T = 2 | 1, not finished |  | 2 |  |  |" in report([half], tmp_path / "a.md", format="md").read_text()
@@ -193,7 +196,9 @@ def test_half_a_run_shows_what_is_there(measured, tmp_path):
         del found["stages"][1:]
 
     run = copied(run, tmp_path / "less", less)
-    assert "Only the CNN" in report([run], tmp_path / "less.html").read_text()
+    page = report([run], tmp_path / "less.html").read_text()
+    assert "Only the CNN" in page
+    assert "every layer fires" not in page
 
 
 def test_what_cannot_be_shown_is_told(measured, unbroken, tmp_path):
@@ -245,3 +250,19 @@ def test_health_in_words():
     said = health({"stages": [{"steps": 1, "layers": layers}]})
     assert [sentence.split(" ")[0].rstrip(":") for sentence in said] == ["relu2", "relu3", "relu4", "relu5"]
     assert said[0].startswith("relu2 at T = 1: 31 % of the channels never fire")
+
+
+def test_a_processor_is_named_in_a_machine_with_a_graphics_card_too(measured, tmp_path):
+    def of(device):
+        def change(found):
+            found["machine"] |= {"cpu": "Hand", "threads": 3, "gpu": "Big Card"}
+            found["trained"] |= {"machine": found["machine"], "device": device}
+            found["device"] = device
+
+        run = copied(measured, tmp_path / device, change)
+        return report([run], tmp_path / "a.md", format="md").read_text()
+
+    assert "On Hand, 3 threads; interleaved.\n" in (text := of("cpu"))
+    assert "- trained on: Hand, 3 threads, " in text
+    assert "On Big Card; interleaved. Exported files: on Hand, 3 threads.\n" in (text := of("cuda"))
+    assert "- trained on: Big Card, " in text

@@ -4,11 +4,13 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from unitstep import Run
+from unitstep import Run, speed
 from unitstep.timing import peak_memory, race
 
 
@@ -58,3 +60,21 @@ def test_all_networks_of_a_run(unbroken, tmp_path):
         assert 0 < row["p50"] <= row["p99"]
         assert row["batch"] in (16, 64, 256)
         assert row["images_per_second"] > 0
+
+
+def test_a_runtime_that_fails_is_left_out(unbroken, monkeypatch):
+    def opened(content, runtime, *, threads):
+        if runtime == "openvino":
+            raise ValueError("it has no such layer")
+        return lambda images: [images]
+
+    there = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True))
+    monkeypatch.setattr(speed, "importlib", there)
+    monkeypatch.setattr(speed, "open_model", opened)
+    monkeypatch.setattr(speed, "_files", lambda run, images: iter([(None, b""), (1, b"")]))
+    monkeypatch.setattr(speed, "ONE", (1, 0.0))
+    monkeypatch.setattr(speed, "MANY", (1, 0.0))
+    images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    with pytest.warns(UserWarning, match="fails in OpenVINO, where it is not timed: it has no such layer"):
+        found = speed.time_run(unbroken, images, device="cpu", batches=(1,))
+    assert {row.runtime for row in found} == {"PyTorch", "ONNX Runtime"}

@@ -35,10 +35,18 @@ def test_ratios_are_against_the_best_of_the_others():
     speeds |= {"Norse": (5, 400), "CNN": (40, 10)}
     case = {"net": "net", "steps": 5, "batch": 1, "precision": "bf16", "threads": 1}
     rows = [case | {"contender": name, "median": m, "memory": b} for name, (m, b) in speeds.items()]
-    assert training_speed.bars({"speeds": rows}, 5) == [("net", "bf16", 1, 1.5, 0.75, 0.5, 0.3)]
+    assert training_speed.bars({"speeds": rows}, 5) == [("net", "bf16", 1, 1, 1.5, 0.75, 0.5, 0.3)]
     assert training_speed.table({"speeds": rows}).splitlines()[-1] == (
-        "| net, bf16, T = 5, 1 thread | 1.50 | 0.75 | 0.50 | 0.30 |"
+        "| net, bf16, batch 1, T = 5, 1 thread | 1.50 | 0.75 | 0.50 | 0.30 |"
     )
+    # other batches, and steps that were run on other threads, do not mix
+    other = [row | {"batch": 2, "median": 2.0 * row["median"]} for row in rows]
+    later = [row | {"steps": 7, "threads": 2} for row in rows]
+    table = training_speed.table({"speeds": rows + other + later})
+    assert "| unitstep | 30.0 | 30.0 | 0 | 0 |" in table
+    assert "| unitstep | 60.0 | 0 |" in table
+    assert "| net, bf16, batch 2, T = 5, 1 thread | 1.50 | 0.75 | 0.50 | 0.30 |" in table
+    assert "| net, bf16, batch 1, T = 7, 2 threads | 1.50 | 0.75 | 0.50 | 0.30 |" in table
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):

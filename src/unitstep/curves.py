@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unitstep.calibration import calibrate_, unroll
 from unitstep.conversion import Spiking
 from unitstep.data import load_train
-from unitstep.ladder import calibration_images, choose_device, forward
+from unitstep.ladder import calibration_images, choose_device, forward, ieee
 from unitstep.neuron import compiled, compiler_available
 from unitstep.runs import Run, build_snn
 from unitstep.speed import time_one
@@ -111,6 +111,7 @@ def climb(
             return
 
 
+@ieee()
 def conversion_alone(
     run: Run,
     *,
@@ -133,7 +134,8 @@ def conversion_alone(
     finished, r, where = run.stages, run.recipe, choose_device(device)
     if not finished or finished[0].index > 0 or finished[-1].index == 0:
         raise ValueError(f"{run.path} has no CNN and spiking stage to compare yet: unitstep train goes on with it")
-    last, steps = run.net(finished[-1].index).to(where), finished[-1].stage.steps
+    last = run.net(finished[-1].index).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    steps = finished[-1].stage.steps
     source = data or r.data
     split, val = load_train(source, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
     run.check_images(split.classes)

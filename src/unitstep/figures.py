@@ -80,14 +80,15 @@ def _curves(group: Group) -> Figure | None:
     done, run = 0.0, group.runs[0]
     for index, stage in enumerate(run.recipe.stages):
         rows, name = [row for row in run.log if row["stage"] == index], name_of(stage.steps)
-        x, line = [done + row["epoch"] for row in rows], {"color": COLOURS[index % len(COLOURS)]}
+        ends = [min(row["epoch"], stage.epochs) for row in rows]  # that of the last step may be a part of an epoch
+        x, line = [done + end for end in ends], {"color": COLOURS[index % len(COLOURS)]}
         both = {"x": x, "mode": "lines+markers", "name": name, "marker": {"size": 4}, "legendgroup": name}
         accuracy = {"y": [row["val_accuracy"] for row in rows], "line": line}
         accuracy |= {"hovertemplate": name + ", epoch %{x:.1f}: %{y:.2f} %<extra></extra>"}
         loss = {"y": [row["loss"] for row in rows], "yaxis": "y2", "line": line | {"dash": "dot"}, "showlegend": False}
         loss |= {"hovertemplate": name + ", loss %{y:.3f}<extra></extra>"}
         data += [both | accuracy, both | loss]
-        done += rows[-1]["epoch"] if rows else 0
+        done += ends[-1] if ends else 0
     right = {"title": "training loss (dotted)", "overlaying": "y", "side": "right", "showgrid": False}
     right |= {"tickmode": "auto"}
     layout = {"xaxis": {"title": "epochs, all stages"}, "yaxis": {"title": "validation, %"}, "yaxis2": right}

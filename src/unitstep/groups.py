@@ -108,6 +108,13 @@ def of_steps(found: dict[str, Any], steps: int | None) -> dict[str, Any]:
     return stage
 
 
+def hardware(machine: dict[str, Any], device: str | None) -> str:
+    """What PyTorch ran on, if it used `device` of this machine: the graphics card, unless that is known to be "cpu", or
+    the processor, with its threads."""
+    gpu = None if device == "cpu" else machine.get("gpu")
+    return gpu or f"{machine.get('cpu')}, {machine.get('threads')} threads"
+
+
 def cell(value: float | None, digits: int, spread: float | None = None) -> str:
     if value is None:
         return ""

@@ -20,7 +20,7 @@ from unitstep.curves import conversion_alone
 from unitstep.data import Split, load_test
 from unitstep.files import read_json, write_json
 from unitstep.fusing import per_channel
-from unitstep.ladder import choose_device, forward
+from unitstep.ladder import choose_device, forward, ieee
 from unitstep.neuron import LIF, compiled, compiler_available, membranes
 from unitstep.operations import Input, Operation, of_rows, operations
 from unitstep.runs import SCHEMA, Finished, Run, provenance
@@ -99,6 +99,7 @@ class Measurement:
     """Images of each class (rows) by the class they were taken for (columns); empty above 100 classes."""
 
 
+@ieee()
 def measure(
     net: nn.Module,
     data: Split | Iterable[tuple[Tensor, Tensor]],
@@ -202,7 +203,7 @@ def _times_fired(out: Tensor, module: nn.Module) -> Tensor:
         height = height if height.dim() == 0 or last else height.view(-1, *[1] * (out.dim() - 2))
         fired = (out.sum(0) / height).round().long()
     else:
-        fired = out.sign().sum(0).long()
+        fired = (out != 0).sum(0)
     return fired.permute(2, 0, 1) if last else fired
 
 
@@ -311,28 +312,34 @@ def measure_run(
         "data": {"source": data or r.data, "test_images": len(test), "classes": list(test.classes)},
         **provenance(),
         "trained": {key: run.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")},
+        "device": str(choose_device(device)),
         "stages": rows,
-        "speed": [asdict(each) for each in time_run(run, first, device=device, progress=progress)] if speed else [],
+        "speed": [],
     }
+    if finished[-1].index > 0:
+        _write_samples(run, finished[-1], test)
+    write_json(run.path / "measure.json", result)  # whatever happens to the rest
+    if speed:
+        result["speed"] = [asdict(each) for each in time_run(run, first, device=device, progress=progress)]
+        write_json(run.path / "measure.json", result)
     if curve:
         result["conversion_alone"] = conversion_alone(
             run, data=data, device=device, bad_images=bad_images, speed=speed, progress=progress
         )
-    if finished[-1].index > 0:
-        _write_samples(run, finished[-1], test)
-    write_json(run.path / "measure.json", result)
+        write_json(run.path / "measure.json", result)
     return read_json(run.path / "measure.json")
 
 
 @torch.no_grad()
 def _write_samples(run: Run, stage: Finished, test: Split) -> None:
     """Write the first test images, what they were taken for, and where the first layers fired, to samples.safetensors:
-    images uint8 [8, C, H, W]; labels and predictions [8]; spikes.NAME, spikes over all steps, uint8 [8, ≤ 8, H, W]."""
+    images uint8 [8, C, H, W]; labels and predictions [8]; spikes.NAME, spikes over all steps, uint8 [8, ≤ 8, H, W],
+    of layers that see each image as one map."""
     images, labels = next(test.batches(SAMPLES))
     with record(snn := run.net(stage.index)) as seen:  # type: ignore[arg-type]
         logits = forward(snn, images, stage.stage.steps)
     tensors = {"images": images, "labels": labels, "predictions": logits.argmax(1)}
     for name, layer in itertools.islice(seen.items(), SAMPLE_LAYERS):
-        if layer.spikes.dim() == 5:
+        if layer.spikes.dim() == 5 and layer.spikes.shape[1] == len(images):
             tensors[f"spikes.{name}"] = layer.spikes[:, :, :SAMPLE_CHANNELS].sum(0).to(torch.uint8)
     run.save(run.samples_path, tensors, stage.index)

@@ -79,6 +79,7 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         super().__init__(net)
         self.net = net
         self.spikes: dict[fx.Node, _Spikes] = {}
+        self.neurons: dict[str, int] = {}
         self.found: list[Operation] = []
 
     def run_node(self, n: fx.Node) -> Any:
@@ -87,6 +88,7 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         macs = counter.get_total_flops() // 2
         module = module_of(self.net, n)
         if isinstance(module, Fire):
+            self.neurons[n.name] = out.numel()
             self.spikes[n] = self._source(n, out, (n.name,))
         elif macs:
             self._weighted(n, module, macs)
@@ -157,7 +159,7 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         sources = list(spikes.sources.values())
         maps = torch.autograd.grad(reached, sources, retain_graph=True)
         fan_out = {name: of_rows(found.round().long()) for name, found in zip(spikes.sources, maps, strict=True)}
-        fed = sum(number.numel() for number in sources)
+        fed = sum(self.neurons[name] for name in spikes.neurons)
         self.found.append(Operation(node.name, spikes.kind, static, macs, weights, fed, spikes.neurons, fan_out))
 
     def _reached(self, node: fx.Node, module: nn.Module | None, number: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image
 from unitstep import energy
 from unitstep.figures import energies, figures_of, latency, over_steps
 from unitstep.files import write_whole
-from unitstep.groups import Group, cell, name_of, of_steps, read_groups
+from unitstep.groups import Group, cell, hardware, name_of, of_steps, read_groups
 from unitstep.recipes import Recipe, recipe_from_dict
 from unitstep.runs import Run
 from unitstep.tables import tables_of
@@ -171,7 +171,7 @@ def _provenance(group: Group) -> list[tuple[str, str]]:
     found, trained = group.first, group.first["trained"]
     recipe: Recipe = recipe_from_dict(found["recipe"])
     machine = trained["machine"] or {}
-    where = f"{machine.get('gpu') or machine.get('cpu')}, {machine.get('threads')} threads, {trained['precision']}"
+    where = f"{hardware(machine, trained.get('device'))}, {trained['precision']}"
     versions = ", ".join(f"{name} {number}" for name, number in (trained["versions"] or {}).items())
     epochs = ", ".join(f"{name_of(stage.steps)} {stage.epochs:g}" for stage in recipe.stages)
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from unitstep.conversion import Spiking
 from unitstep.exporting import onnx_of, to_onnx
 from unitstep.ladder import choose_device, forward
-from unitstep.running import KEY, Runtime, open_model
+from unitstep.running import KEY, Runtime, first_line, open_model
 from unitstep.runs import Run
 from unitstep.timing import peak_memory, race
 
 ONE, MANY, LONGEST = (5, 0.2), (3, 0.2), 1.0  # rounds and seconds per turn; a batch whose call takes longer is the last
 MEMORY_BATCH = 64
+TORCH = "PyTorch"
 TITLES: dict[Runtime, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
@@ -46,7 +47,8 @@ class Speed:
     images_per_second: float
     """With that batch: the median over the rounds."""
     memory: int | None
-    """Bytes beyond what was there before, at the peak of a first call with 64 images; None if not known."""
+    """Bytes beyond what was there before, at the peak of a first call with 64 images; None if not known, as that of a
+    GPU."""
 
 
 def time_run(
@@ -54,10 +56,12 @@ def time_run(
 ) -> tuple[Speed, ...]:
     """Time every finished stage of `run`, and the CNN and T = 1 as exported files, in evaluation.
 
-    images: real ones [B, C, H, W], repeated as needed. Batches stop growing when a call takes over a second.
+    images: real ones [B, C, H, W], repeated as needed.  device: of PyTorch; exported files run on the processor; a
+    runtime that fails with one is left out, with a warning. Batches stop growing when a call takes over a second.
     progress: called with (name, done, total).
     """
-    calls = dict(_contenders(run, images, choose_device(device)))
+    where = choose_device(device)
+    calls = dict(_contenders(run, images, where))
 
     def at(batch: int) -> Tensor:
         return images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
@@ -67,7 +71,10 @@ def time_run(
             progress("speed", done, len(batches) + 1)
 
     with torch.inference_mode():
-        memory = {name: peak_memory(partial(call, at(MEMORY_BATCH))) for name, call in calls.items()}
+        memory = {
+            name: peak_memory(partial(call, at(MEMORY_BATCH))) if name[1] != TORCH or where.type == "cpu" else None
+            for name, call in calls.items()
+        }
         one = at(1)
         single = race({name: partial(call, one) for name, call in calls.items()}, rounds=ONE[0], seconds=ONE[1])
         tell(1)
@@ -107,11 +114,18 @@ def time_one(nets: Sequence[tuple[Spiking, int]], images: Tensor, device: torch.
 
 def _contenders(run: Run, images: Tensor, device: torch.device) -> Iterator[tuple[Name, Callable[[Tensor], Any]]]:
     for stage in run.stages:
-        yield (stage.stage.steps, "PyTorch"), _in_torch(run.net(stage.index).to(device), stage.stage.steps, device)
+        net = run.net(stage.index).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        yield (stage.stage.steps, TORCH), _in_torch(net, stage.stage.steps, device)
     installed = [runtime for runtime in get_args(Runtime) if importlib.util.find_spec(runtime)]
     for steps, content in _files(run, images):
         for runtime in installed:
-            model = open_model(content, runtime, threads=torch.get_num_threads())
+            try:
+                model = open_model(content, runtime, threads=torch.get_num_threads())
+                model(images[:1].numpy())
+            except Exception as error:  # each library has its own, and the others can be timed
+                what = f"the exported {'CNN' if steps is None else 'network'} fails in {TITLES[runtime]}"
+                warnings.warn(f"{what}, where it is not timed: {first_line(error)}", stacklevel=4)
+                continue
             yield (steps, TITLES[runtime]), lambda given, model=model: model(given.numpy())  # type: ignore[misc]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unitstep import energy
-from unitstep.groups import Group, cell, last_points, name_of, of_steps
+from unitstep.groups import Group, cell, hardware, last_points, name_of, of_steps
 
 # arXiv 2110.05929: (data, network): test accuracy in percent of the CNN and T = 5 … 1; is the last in the abstract?
 PAPER: dict[tuple[str, str], tuple[tuple[float, ...], bool]] = {
@@ -70,7 +70,7 @@ def training_table(group: Group) -> Table:
         )
         rows.append(
             (
-                name_of(stage.steps), str(len(epochs)) if done else f"{len(epochs)}, not finished",
+                name_of(stage.steps), f"{stage.epochs:g}" if done else f"{len(epochs)}, not finished",
                 cell(statistics.median(speeds), 0) if speeds else "", cell(seconds, 0),
                 cell(100 * sum(validation) / max(seconds, sum(validation)), 0) if validation else "",
                 cell(max(memory) / 1e6, 0) if memory else "",
@@ -79,7 +79,7 @@ def training_table(group: Group) -> Table:
     columns = ("stage", "epochs", "images per second", "seconds", "of which validation, %", "peak memory, MB")
     precision, machine = run.about.get("precision"), run.about.get("machine") or {}
     note = (
-        f"On {machine.get('gpu') or machine.get('cpu')}, {machine.get('threads')} threads, {precision}. Images per "
+        f"On {hardware(machine, run.about.get('device'))}, {precision}. Images per "
         "second: median of the epochs, without validation; a first epoch may have compiled the neurons. Memory: what "
         "torch had allocated on a GPU, else the whole process's."
     )
@@ -211,8 +211,9 @@ def speed_table(group: Group) -> Table:
         "at batch",
         "memory for 64, MB",
     )
-    machine = group.first["machine"]
-    note = f"On {machine['gpu'] or machine['cpu']}, {machine['threads']} threads; interleaved." if rows else ""
+    machine, device = group.first["machine"], group.first.get("device")
+    where, processor = hardware(machine, device), hardware(machine, "cpu")
+    note = f"On {where}; interleaved." + (f" Exported files: on {processor}." if where != processor else "")
     return Table("Speed", columns, rows, note)
 
 

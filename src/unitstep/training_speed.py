@@ -83,12 +83,12 @@ def bench_train(
     rows: list[dict[str, Any]] = before["speeds"]
     for net, precision, T in itertools.product(names, precisions, steps):
         case = Case(net, T, batch, precision)
-        if {row["threads"] for row in rows if asdict(case).items() <= row.items()} >= set(threads):
+        there = {row["threads"] for row in rows if asdict(case).items() <= row.items()}
+        if not (missing := tuple(count for count in threads if count not in there)):
             continue
         if progress:
             progress(f"{net}, {precision}, T = {T}")
-        rows = [row for row in rows if not asdict(case).items() <= row.items()]
-        for speed in _race(case, threads, rounds):
+        for speed in _race(case, missing, rounds):
             median = statistics.median(speed.rounds)
             rows.append(asdict(case) | asdict(speed) | {"median": median, "commit": about["commit"]})
         if out:
@@ -186,7 +186,8 @@ def table(record: dict[str, Any]) -> str:
     parts = []
     cases = dict.fromkeys((row["net"], row["precision"], row["batch"]) for row in record["speeds"])
     for net, precision, batch in cases:
-        rows = [row for row in record["speeds"] if (row["net"], row["precision"]) == (net, precision)]
+        case = {"net": net, "precision": precision, "batch": batch}
+        rows = [row for row in record["speeds"] if case.items() <= row.items()]
         columns = sorted({(row["threads"], row["steps"]) for row in rows}, key=lambda c: (-c[0], c[1]))
         title = " | ".join(f"T = {T}, {count} thread{'s' * (count > 1)}" for count, T in columns)
         memories = sorted({T for _, T in columns})
@@ -195,27 +196,27 @@ def table(record: dict[str, Any]) -> str:
         found = {(row["contender"], row["threads"], row["steps"]): row for row in rows}
         for name in dict.fromkeys(row["contender"] for row in rows):
             speeds = [f"{found[name, *column]['median']:,.1f}" for column in columns]
-            count = columns[0][0]
-            memory = [found[name, count, T]["memory"] for T in memories]
+            memory = [next(found[name, *column]["memory"] for column in columns if column[1] == T) for T in memories]
             sizes = ["" if size is None else f"{size / 1e6:,.0f}" for size in memory]
             parts.append(f"| {name} | {' | '.join([*speeds, *sizes])} |")
         parts.append("")
     title = "unitstep ÷ fastest other library | unitstep ÷ CNN | memory ÷ leanest other library | with recompute"
     parts += [f"| | {title} |", "|---|---:|---:|---:|---:|"]
     for steps in sorted({row["steps"] for row in record["speeds"]}):
-        for net, precision, threads, *ratios in sorted(bars(record, steps), key=lambda row: (*row[:2], -row[2])):
-            name = f"{net}, {precision}, T = {steps}, {threads} thread{'s' * (threads > 1)}"
+        for net, precision, batch, threads, *ratios in sorted(bars(record, steps), key=lambda r: (*r[:3], -r[3])):
+            name = f"{net}, {precision}, batch {batch}, T = {steps}, {threads} thread{'s' * (threads > 1)}"
             parts.append(f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
     return "\n".join(parts) + "\n"
 
 
-def bars(record: dict[str, Any], steps: int) -> list[tuple[str, str, int, float, float, float, float]]:
-    """(network, precision, threads, unitstep ÷ fastest other library, unitstep ÷ CNN, memory ÷ leanest other library,
-    the same with recompute) at `steps` timesteps."""
-    found: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
+def bars(record: dict[str, Any], steps: int) -> list[tuple[str, str, int, int, float, float, float, float]]:
+    """(network, precision, batch, threads, unitstep ÷ fastest other library, unitstep ÷ CNN, memory ÷ leanest other
+    library, the same with recompute) at `steps` timesteps."""
+    found: dict[tuple[str, str, int, int], dict[str, dict[str, Any]]] = {}
     for row in record["speeds"]:
         if row["steps"] == steps:
-            found.setdefault((row["net"], row["precision"], row["threads"]), {})[row["contender"]] = row
+            case = row["net"], row["precision"], row["batch"], row["threads"]
+            found.setdefault(case, {})[row["contender"]] = row
     ratios = []
     for case, rows in found.items():
         ours, fastest = rows[UNITSTEP]["median"], max(rows[peer]["median"] for peer in PEERS)
