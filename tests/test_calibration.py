@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from unitstep import nets, record, to_spiking
-from unitstep.calibration import _least_squares, calibrate_, unroll
+from unitstep.calibration import Activity, _least_squares, calibrate_, unroll
 from unitstep.conversion import spiking
+from unitstep.drawing import _in_thresholds
 
 # One threshold per layer, membranes from 0: what can be followed by hand.
 plainly = partial(to_spiking, thresholds="percentile", percentile=90.0, initial=0.0)
@@ -191,3 +192,14 @@ def test_least_squares_sees_the_whole_image():
         current = torch.ones(1, batch, 64, 32, 32)
         current[..., 0] = 0
         assert 0.4 < _least_squares(iter([current]), 2, 0.0, None) < 1
+
+
+def test_no_calibration_steps_are_refused():
+    with pytest.raises(ValueError, match="steps"):
+        to_spiking(plain(), IMAGES, steps=1, calibration_steps=0)
+
+
+def test_a_large_layer_is_drawn_from_all_its_columns():
+    columns = torch.arange(28.0).expand(1, 64, 32, 28, 28)
+    layer = Activity(columns, torch.zeros(1), torch.ones(()))
+    assert len(_in_thresholds(layer).unique()) == 28

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from unitstep import LIF, nets, to_spiking
 from unitstep.calibration import calibrate_
-from unitstep.conversion import Spiking, spiking
+from unitstep.conversion import Spiking, spiking, trace
 from unitstep.neuron import SharedDropout
 
 # One threshold per layer, membranes from 0: what can be followed by hand.
@@ -450,3 +450,86 @@ def test_one_image_in_channels_last_behind_a_crop_over_many_steps():
     snn = to_spiking(cnn, image, **options)
     plain = to_spiking(copy.deepcopy(cnn).to(memory_format=torch.contiguous_format), image.contiguous(), **options)
     torch.testing.assert_close(snn(image, steps=5), plain(image, steps=5))
+
+
+def test_neurons_are_where_the_network_is():
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).to("meta")
+    assert {parameter.device.type for parameter in spiking(cnn).parameters()} == {"meta"}
+
+
+class InPlaceInside(nn.Module):
+    """Its branch starts with what changes the block's input, which is then added; and it cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu, self.conv = nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        if x.sum() < -1e9:
+            return x
+        return self.conv(self.relu(x)) + x
+
+
+def test_a_leaf_module_works_in_place_as_before():
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), InPlaceInside(), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    x = torch.randn(8, 3, 8, 8)
+    assert torch.equal(trace(cnn, ("1",))(x), cnn(x))
+    assert to_spiking(cnn, x, steps=64, leaf_modules=("1",)).report["_1"].error < 1e-5
+
+
+class AsksForTensor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.a(x.flatten(1))
+        if isinstance(x, torch.Tensor):
+            x = 2 * x
+        return self.b(torch.relu(x))
+
+
+def test_a_network_that_is_traced_as_another_is_refused():
+    with pytest.raises(ValueError, match=r"AsksForTensor, traced, gives other logits than when it is called"):
+        to_spiking(AsksForTensor().eval(), torch.randn(4, 2, 2, 2))
+
+
+def test_frozen_layers_stay_frozen_when_a_batch_norm_is_folded():
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    cnn[:2].requires_grad_(False)
+    learned = {name: p.requires_grad for name, p in spiking(cnn, norm="fold").named_parameters()}
+    assert not learned["0.weight"]
+    assert learned["4.weight"]
+
+
+class LinearByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.c(F.relu(self.b(self.a(input=x.flatten(1)))))
+
+
+def test_a_linear_layer_called_by_keyword_takes_up_its_batch_norm():
+    assert (
+        to_spiking(LinearByKeyword().eval(), torch.randn(4, 3, 2, 2), norm="fold")
+        .report["b"]
+        .became.startswith("folded")
+    )
+
+
+class FunctionalNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(F.batch_norm(self.a(x), self.n.running_mean, self.n.running_var)).flatten(1)
+
+
+def test_a_batch_norm_as_a_function_is_one():
+    with pytest.raises(ValueError, match='a batch norm, but norm="none"'):
+        spiking(FunctionalNorm().eval(), norm="none")
+    spiking(FunctionalNorm().eval(), norm="keep")

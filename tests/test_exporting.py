@@ -372,3 +372,70 @@ def test_no_images_and_other_labels_are_refused(tmp_path):
     for images, labels in ((IMAGES[:0], None), (IMAGES, torch.zeros(3).long())):
         with pytest.raises(ValueError, match=r"images and \d labels"):
             to_onnx(spiking(*SMALL), tmp_path / "net.onnx", images, labels)
+
+
+class ReadsItsSize(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n, self.c, self.r, self.f = (
+            nets.Normalize((121,), (1 / 64,)),
+            nn.Conv2d(3, 4, 3),
+            nn.ReLU(),
+            nn.Linear(400, 3),
+        )
+
+    def forward(self, x):
+        n = x.size(0)
+        return self.f(self.r(self.c(self.n(x))).view(n, -1))
+
+
+def test_a_network_that_reads_the_number_of_its_images(tmp_path):
+    images = torch.randint(256, (8, 3, 12, 12), dtype=torch.uint8)
+    snn = to_spiking(ReadsItsSize().eval(), images, steps=1)
+    assert to_onnx(snn, tmp_path / "a.onnx", images, labels=torch.zeros(8)).form == "int8"
+
+
+class CalledLogits(nn.Module):
+    """Its last layer has the name of the file's output, and stays in floating point."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.c, self.r = nets.Normalize((121,), (1 / 64,)), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()
+        self.p, self.logits = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.logits(self.p(self.r(self.c(self.n(x)))).flatten(1))
+
+
+def test_a_layer_may_be_called_logits(tmp_path):
+    images = torch.randint(256, (4, 3, 20, 20), dtype=torch.uint8)
+    snn = to_spiking(CalledLogits().eval(), images, steps=1)
+    for form in ("int8", "float"):
+        to_onnx(snn, tmp_path / "a.onnx", images, form=form)
+
+
+class JoinedFeatures(nn.Module):
+    """Spikes of an integer and of a float layer next to each other, behind their flattening."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.a = nets.Normalize((121,), (1 / 64,)), nn.Conv2d(3, 4, 3)
+        self.b, self.c, self.f = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(800, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(self.n(x)))
+        y = torch.relu(self.b(x))
+        z = torch.relu(self.c(y) + x)
+        return self.f(torch.cat([y.flatten(1), z.flatten(1)], 1))
+
+
+def test_features_of_integer_and_float_layers_side_by_side(tmp_path):
+    images = torch.randint(256, (8, 3, 12, 12), dtype=torch.uint8)
+    to_onnx(to_spiking(JoinedFeatures().eval(), images, steps=1, height="unit"), tmp_path / "a.onnx", images)
+
+
+def test_what_gives_no_logits_is_refused(tmp_path):
+    images = torch.rand(4, 3, 8, 8)
+    snn = to_spiking(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), images, steps=1)
+    with pytest.raises(ValueError, match=r"gives \[1, 2, 4, 4\] for an image, not logits"):
+        to_onnx(snn, tmp_path / "a.onnx", images, form="float")

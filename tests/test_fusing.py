@@ -109,3 +109,28 @@ def test_a_constant_given_by_name_is_none_the_less_one():
     torch.manual_seed(0)
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     agrees(to_spiking(Shifted().double().eval(), images, steps=1, **ONE), images, 1)
+
+
+def test_hooks_are_refused():
+    x = torch.randn(4, 3, 8, 8)
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    cnn[0].register_forward_hook(lambda _module, _inputs, out: 2 * out)
+    with pytest.raises(ValueError, match=r"Conv2d 0 has forward hooks"):
+        to_spiking(cnn, x, steps=1).fuse(x)
+
+
+def test_a_pool_over_features_is_no_pool_over_each_channel():
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 4, 4)
+    for pool in (nn.MaxPool1d(2), nn.AvgPool1d(2)):
+        cnn = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), pool, nn.Linear(8, 3)).eval()
+        agrees(to_spiking(cnn, x, steps=1), x, 1)
+
+
+def test_a_network_in_bf16():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+    x = torch.randn(4, 3, 8, 8).bfloat16()
+    for strategy in ("percentile", "channel-percentile"):
+        snn = to_spiking(nn.Sequential(*layers).bfloat16().eval(), x, steps=1, thresholds=strategy)
+        assert snn.fuse(x)(x).dtype == torch.bfloat16

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.test_exporting import IMAGES, SMALL, spiking
+from tests.test_exporting import IMAGES, SMALL, ReadsItsSize, spiking
 from tests.test_fusing import EACH, ONE
 from unitstep import nets, pretrained, record, to_nir, to_spiking
 from unitstep.data import load_test
@@ -151,3 +151,8 @@ def test_without_nir_it_says_how_to_get_it(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "unitstep[nir]" in done.stderr
+
+
+def test_a_network_that_reads_the_number_of_its_images(tmp_path):
+    images = torch.randint(256, (8, 3, 12, 12), dtype=torch.uint8)
+    to_nir(to_spiking(ReadsItsSize().eval(), images, steps=1), tmp_path / "a.nir", images)

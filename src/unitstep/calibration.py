@@ -3,6 +3,7 @@ how far it is from the CNN. Knows nothing of training, data sets or files.
 """
 
 import contextlib
+import copy
 import math
 import warnings
 from collections import Counter
@@ -18,6 +19,7 @@ from unitstep.conversion import LeafModules, MaxPool, Norm, Readout, Spiking, sp
 from unitstep.fusing import BATCH_NORMS
 from unitstep.neuron import LIF, Height, check_steps, read_out, repeat
 from unitstep.recipes import STRATEGIES, Thresholds
+from unitstep.running import first_line
 
 REPORTED = 128  # images on which a report's rates and errors are taken, at most
 SAMPLE = 1 << 18  # values of a layer's current that the "mse" strategy looks at, at most
@@ -54,8 +56,24 @@ def to_spiking(
     snn = spiking(cnn, max_pool=max_pool, approximate=approximate, leaf_modules=leaf_modules, **options)
     find = {"thresholds": thresholds, "percentile": percentile, "scale": scale}
     calibrate_(snn, images, steps=steps, calibration_steps=calibration_steps, **find)  # type: ignore[arg-type]
-    _describe(snn, trace(cnn, leaf_modules), images[:REPORTED], check_steps(steps))
+    traced = trace(cnn, leaf_modules)
+    _check_trace(cnn, traced, images[:2])
+    _describe(snn, traced, images[:REPORTED], check_steps(steps))
     return snn
+
+
+@torch.no_grad()
+def _check_trace(cnn: nn.Module, traced: nn.Module, images: Tensor) -> None:
+    """ValueError if what was traced is another function than the CNN. (Both have run, so it is not for errors.)"""
+    if any(is_lazy(tensor) for tensor in cnn.state_dict().values()):  # whose weights are drawn at the first call
+        return
+    logits, ours = copy.deepcopy(cnn).eval()(images.clone()), traced(images.clone())
+    if not torch.allclose(ours, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item()):
+        raise ValueError(
+            f"{type(cnn).__name__}, traced, gives other logits than when it is called: what it computes depends on how "
+            "it is called, as by isinstance(x, torch.Tensor), or it changes a value in place unseen, in a leaf module. "
+            "Write it without that"
+        )
 
 
 @torch.no_grad()
@@ -88,7 +106,7 @@ def calibrate_(
     of the number of layers. Warns with the name of a layer that emits no spike.
     """
     check_steps(steps)
-    over = check_steps(calibration_steps or steps)
+    over = check_steps(steps if calibration_steps is None else calibration_steps)
     if thresholds not in STRATEGIES:
         raise ValueError(f"thresholds must be one of {', '.join(STRATEGIES)}, not {thresholds!r}")
     if not 0 < percentile <= 100:
@@ -289,7 +307,7 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
                     f"{snn.report.place(user)} joins {node.args[0].name}, which does not hold one row per image, with "
                     "values at each timestep"
                 )
-        if "vectors" in node.meta and whole.env[node.args[0]].dim() != 2:
+        if "vectors" in node.meta and whole.env[node.all_input_nodes[0]].dim() != 2:
             raise ValueError(
                 f"{snn.report.place(row)} acts on the last dimension, the batch norm {node.meta['vectors']}, which was "
                 'folded into it, on the second: use norm="keep"'
@@ -321,10 +339,9 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
 
 
 def _fails(snn: Spiking, row: str, error: Exception, timed: bool) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     what = "with timesteps in the first dimension, beside the images" if timed else "on these images"
     way_out = "; it, and what is before it, must act on each image alone" if timed else ""
-    return f"{snn.report.place(row)} fails {what}: {reason}{way_out}"
+    return f"{snn.report.place(row)} fails {what}: {first_line(error)}{way_out}"
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ same at every step and is computed once, as [B, …].
 import copy
 import inspect
 import io
+import itertools
 import operator
 import os
 import shutil
@@ -29,6 +30,7 @@ from unitstep.fusing import BATCH_NORMS, CATS, CONVOLUTIONS, argument, fold_norm
 from unitstep.graphs import Graph
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF, Height, SharedDropout, check_steps, read_out, repeat
+from unitstep.running import first_line
 
 Norm = Literal["none", "fold", "keep"]
 Readout = Literal["sum", "mean"]
@@ -385,15 +387,14 @@ def _untraceable(cnn: nn.Module, error: Exception, path: str) -> str:
     where = ""
     if frames:
         where = f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: `{frames[-1].line}`"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     way_out = "write that line so that it does not, or "
     if path in ("", "cnn"):  # the whole network; "cnn" is what a run calls a user's
         way_out += "put it into a module of its own, which can be kept as it is, unconverted: leaf_modules=(its name,)"
     else:
         way_out += f"keep the module it stands in as it is, unconverted: leaf_modules=({path!r},)"
     return (
-        f"{type(cnn).__name__} cannot be traced{where} ({reason}). Which operations a network runs must not depend on "
-        f"the data: {way_out}"
+        f"{type(cnn).__name__} cannot be traced{where} ({first_line(error)}). Which operations a network runs must not "
+        f"depend on the data: {way_out}"
     )
 
 
@@ -439,7 +440,7 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
                 node.args = node.args[:flag]
         elif "out" in node.kwargs or (module is None and kind.endswith("_") and not kind.endswith("__")):
             raise ValueError(f"{place} changes a value in place: write it without in-place")
-    for name in modules:
+    for name in modules & {str(node.target) for node in graph.nodes if node.op == "call_module"}:  # not in leaves
         net.get_submodule(name).inplace = False  # type: ignore[assignment,unused-ignore]
 
 
@@ -569,6 +570,8 @@ class _Conversion:
         for node in graph.nodes:
             node.meta["axis"] = "time" if node.target is repeat else self.axis.get(node, "none")
         graph.lint()
+        if (first := next(itertools.chain(self.net.parameters(), self.net.buffers()), None)) is not None:
+            self.net.neurons.to(first.device)
         snn = Spiking(self.net, graph)
         snn.meta["report"] = report
         return snn
@@ -579,11 +582,10 @@ class _Conversion:
         """Fold every batch norm into the layer before or behind it where that changes no value; refuse or keep the
         others."""
         for node in list(self.graph.nodes):
-            if not isinstance(module_of(self.net, node), BATCH_NORMS):
-                continue
-            if self.norm == "none":
+            module = isinstance(module_of(self.net, node), BATCH_NORMS)
+            if self.norm == "none" and (module or node.target is F.batch_norm):
                 self._refuse(node, 'a batch norm, but norm="none": use norm="fold" or "keep"')
-            if self.norm != "fold":
+            if self.norm != "fold" or not module:
                 continue
             before = node.all_input_nodes[0]
             if (kept := fold_norm(self.net, node)) is None:
@@ -764,7 +766,7 @@ class _Conversion:
     def _average(self, node: fx.Node, module: nn.Module | None) -> str:
         """Put an average pool in the place of a max pool."""
         dilation = getattr(module, "dilation", 1) if module is not None else argument(node, "dilation", 4, 1)
-        indices = getattr(module, "return_indices", False) or node.kwargs.get("return_indices", False)
+        indices = node.kwargs.get("return_indices", False)  # modules that return them have been refused
         if dilation not in (1, (1, 1)) or indices:
             self._refuse(node, "a max pool with dilation or indices has no average pool to take its place")
             return self.rows[node].became
@@ -832,7 +834,9 @@ class _Conversion:
                 continue
             if axis == "time" and size in self.batch:
                 with self.graph.inserting_before(node):
-                    node.replace_input_with(size, self.graph.call_function(operator.mul, (size, self.steps)))
+                    times = self.graph.call_function(operator.mul, (size, self.steps))
+                self.axis[times] = "size"
+                node.replace_input_with(size, times)
                 continue
             self._refuse(
                 node,

@@ -44,8 +44,8 @@ class Fire(nn.Module):
 
     def forward(self, current: Tensor) -> Tensor:
         V = per_channel(self.threshold, current.dim())
-        if self.steps == 1:
-            fired = current > V
+        if self.steps == 1:  # in fp32, as a `LIF` does
+            fired = (current.float() if current.dtype in (torch.bfloat16, torch.float16) else current) > V
         else:
             over_time = current.unflatten(0, (self.rows, current.shape[0] // self.rows))
             left = (self.initial * V).expand_as(over_time[0]) if self.initial else None
@@ -66,7 +66,7 @@ class Scale(nn.Module):
         self.register_buffer("factor", factor.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * per_channel(self.factor, x.dim())
+        return x * per_channel(self.factor, x.dim()).to(x.dtype)
 
 
 def per_channel(values: Tensor, dimensions: int) -> Tensor:
@@ -127,6 +127,12 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
                 node.name = str(node.target).removeprefix("neurons.")
                 module = Fire(module, steps, bool(node.kwargs.get("static")))
                 node.args, node.kwargs = node.args[:1], {}
+            elif module._forward_hooks or module._forward_pre_hooks:
+                raise ValueError(
+                    f"{kind_of(node, module)} {node.target} has forward hooks, which an equal ordinary network "
+                    "would not be sure to keep: remove them, by remove() of what registered them, or as "
+                    "torch.nn.utils.remove_spectral_norm and prune.remove do"
+                )
             root.add_module(node.name, _plain(module))
             node.target = node.name
         elif node.op == "get_attr":
@@ -202,8 +208,10 @@ def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) 
     if all(height.dim() == 0 and torch.equal(height, given[0]) for height in given):
         return given[0]
     module = module_of(net, node)
-    if isinstance(module, POOLS):  # each channel for itself
-        return given[0]
+    if isinstance(module, POOLS):
+        one_dimension = kind_of(node, module).endswith("1d")
+        if len(node.meta["tensor_meta"].shape) == (3 if one_dimension else 4):  # of [B, F], a pool joins features
+            return given[0]  # each channel for itself
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):  # C·k features, k per channel
         return given[0] if all(isinstance(module_of(net, user), nn.Linear) for user in node.users) else None
     if joins_channels(node):
@@ -230,6 +238,7 @@ def scale_inputs_(layer: nn.Module, factor: Tensor) -> None:
     """Multiply the weights of a convolution or linear layer, in place, as if its input had been multiplied by `factor`:
     a scalar, or [C] for C channels (a linear layer may have several features per channel)."""
     weight = layer.get_parameter("weight")
+    factor = factor.to(weight.dtype)
     if factor.dim():
         if isinstance(layer, nn.Linear):
             factor = factor.repeat_interleave(layer.in_features // len(factor))
@@ -269,7 +278,8 @@ def fold_norm(net: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         fused, kept = _fold_into_next(norm, module_of(net, behind)), behind
     if fused is None:
         return None
-    net.set_submodule(str(kept.target), fused.requires_grad_())
+    learned = any(parameter.requires_grad for parameter in module_of(net, kept).parameters())  # type: ignore[union-attr]
+    net.set_submodule(str(kept.target), fused.requires_grad_(learned))
     net.set_submodule(str(node.target), nn.Identity())
     node.replace_all_uses_with(before)
     net.graph.erase_node(node)

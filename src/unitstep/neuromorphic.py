@@ -100,9 +100,9 @@ class _Writer:
 
     def _operation(self, node: fx.Node, module: Any) -> bool:
         """Write one operation; False if there is no form of it."""
-        source = values(node)[0]
-        if len(values(node)) > 1:
+        if len(values(node)) != 1:
             return False
+        source = values(node)[0]
         if isinstance(module, nn.Conv2d | nn.Linear):
             return sums_channels(self.net, node) and self._layer(node, module, source)
         if isinstance(module, Fire):  # weights before it are divided by its threshold

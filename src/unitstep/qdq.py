@@ -97,6 +97,8 @@ class _Integer:
 
     def run(self) -> None:
         for node in self.net.graph.nodes:
+            if node.name == LOGITS:  # the output's name
+                node.name = f"{LOGITS}_layer"
             if node.op == "placeholder":
                 self.values[node] = _Value(node.name, 1.0)
             elif node.op == "output":
@@ -212,7 +214,7 @@ class _Integer:
         if all((value.scale, value.times) == (given[0].scale, given[0].times) for value in given):
             return replace(given[0], name=write.add("Concat", [value.name for value in given], name, axis=axis))
         real = write.add("Concat", [write.whole(value, name) for value in given], f"{name}_real", axis=axis)
-        if any(value.scale is None or value.zero for value in given):
+        if "most" not in node.meta or any(value.scale is None or value.zero for value in given):
             return _Value(real)
         times = LARGEST // node.meta["most"]
         return write.quantized(real, name, 1 / times, times)
