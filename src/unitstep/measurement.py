@@ -20,7 +20,7 @@ from unitstep.curves import conversion_alone
 from unitstep.data import Split, load_test
 from unitstep.files import read_json, write_json
 from unitstep.fusing import per_channel
-from unitstep.ladder import choose_device, forward, ieee
+from unitstep.ladder import batch_size, choose_device, forward, ieee
 from unitstep.neuron import LIF, compiled, compiler_available, membranes
 from unitstep.operations import Input, Operation, of_rows, operations
 from unitstep.runs import SCHEMA, Finished, Run, provenance
@@ -118,7 +118,7 @@ def measure(
         raise ValueError("a spiking network is measured at a number of timesteps, a CNN at steps=None")
     where = choose_device(device)
     net = net.eval().to(where)
-    batches = iter(data.batches(max(1, 512 // (steps or 1))) if isinstance(data, Split) else data)
+    batches = iter(data.batches(batch_size(steps, where)) if isinstance(data, Split) else data)
     first = next(batches, None)
     if first is None or not len(first[0]):
         raise ValueError("there are no images to measure on")
