@@ -127,7 +127,11 @@ def table(found: dict[str, Any]) -> str:
         }
         cells = [f"{mine[t]:.1f}" if t in mine else "" for t in columns]
         lines.append(f"| {strategy} | {initial:g} | {' | '.join(cells)} |")
-    lines += ["", f"The CNN: {found['cnn_accuracy']:.1f} % of {found['images']:,} validation images."]
+    lines += [
+        "",
+        f"% of {found['images']:,} validation images, by conversion alone; the CNN: {found['cnn_accuracy']:.1f}.",
+    ]
+    lines += ["Rows: how thresholds were found, and membranes before the first step, in thresholds."]
     return "\n".join(lines) + "\n"
 
 

@@ -89,8 +89,8 @@ def watched(states: list[dict[str, Tensor]]) -> Iterator[None]:
     """Within this context the weights of each epoch at T = 1 are put into `states`."""
     usual = ladder._Fit._end_epoch
 
-    def end_epoch(fit: ladder._Fit, epoch: int) -> None:
-        usual(fit, epoch)
+    def end_epoch(fit: ladder._Fit, epoch: int, clock: float) -> None:
+        usual(fit, epoch, clock)
         if fit.stage.steps == 1:
             states.append({name: tensor.detach().clone() for name, tensor in plain_state(fit.net).items()})
             del states[: -max(MEANS)]

@@ -148,6 +148,7 @@ def table(rows: dict[str, Any]) -> str:
     for epoch in epochs.values():
         total = sum(epoch.values())
         lines += [f"| {name} | {seconds:.1f} | {100 * seconds / total:.1f} % |" for name, seconds in epoch.items()]
+    lines += ["", "Kept: for the backward pass. What was run: [training-speed.md](training-speed.md)."]
     return "\n".join(lines) + "\n"
 
 

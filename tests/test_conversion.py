@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from unitstep import LIF, nets, to_spiking
 from unitstep.calibration import calibrate_
-from unitstep.conversion import Spiking, spiking, trace
+from unitstep.conversion import Spiking, spiking
 from unitstep.neuron import SharedDropout
 
 # One threshold per layer, membranes from 0: what can be followed by hand.
@@ -470,12 +470,40 @@ class InPlaceInside(nn.Module):
         return self.conv(self.relu(x)) + x
 
 
-def test_a_leaf_module_works_in_place_as_before():
+def test_a_leaf_module_that_needs_to_work_in_place_is_refused():
     torch.manual_seed(0)
     cnn = nn.Sequential(nn.Conv2d(3, 4, 3), InPlaceInside(), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    with pytest.raises(ValueError, match="it changes a value in place unseen, in a leaf module"):
+        to_spiking(cnn, torch.randn(8, 3, 8, 8), leaf_modules=("1",))
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU, nn.SiLU])
+def test_a_leaf_module_that_begins_in_place_converts_and_trains(relu):
+    leaf = nn.Sequential(relu(inplace=True), nn.Conv2d(4, 4, 3, padding=1))
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), leaf, nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     x = torch.randn(8, 3, 8, 8)
-    assert torch.equal(trace(cnn, ("1",))(x), cnn(x))
-    assert to_spiking(cnn, x, steps=64, leaf_modules=("1",)).report["_1"].error < 1e-5
+    to_spiking(cnn, x, steps=2, leaf_modules=("2",)).train()(x, 2).sum().backward()
+
+
+class AsksForMore(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x, targets):
+        return self.b(torch.relu(self.a(x.flatten(1))))
+
+
+class Draws(nn.Module):
+    def forward(self, x):
+        return x + torch.randn(x.shape)
+
+
+def test_what_cannot_be_called_or_is_random_is_not_compared():
+    x = torch.randn(4, 2, 2, 2)
+    to_spiking(AsksForMore().eval(), x)
+    layers = Draws(), nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    to_spiking(nn.Sequential(*layers).eval(), x, leaf_modules=(Draws,))
 
 
 class AsksForTensor(nn.Module):
@@ -501,6 +529,8 @@ def test_frozen_layers_stay_frozen_when_a_batch_norm_is_folded():
     learned = {name: p.requires_grad for name, p in spiking(cnn, norm="fold").named_parameters()}
     assert not learned["0.weight"]
     assert learned["4.weight"]
+    cnn[1].requires_grad_(True)
+    assert dict(spiking(cnn, norm="fold").named_parameters())["0.bias"].requires_grad
 
 
 class LinearByKeyword(nn.Module):

@@ -437,5 +437,5 @@ def test_features_of_integer_and_float_layers_side_by_side(tmp_path):
 def test_what_gives_no_logits_is_refused(tmp_path):
     images = torch.rand(4, 3, 8, 8)
     snn = to_spiking(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), images, steps=1)
-    with pytest.raises(ValueError, match=r"gives \[1, 2, 4, 4\] for an image, not logits"):
+    with pytest.raises(ValueError, match=r"gives \[2, 2, 4, 4\] for 2 images, not"):
         to_onnx(snn, tmp_path / "a.onnx", images, form="float")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.pilots import watched
 from tests.small import small
 from tests.test_data import write_images
 from unitstep import Run, Stage, ladder, load, measure_run, recipe, runs, train
@@ -229,7 +230,7 @@ def test_a_run_goes_on_with_the_images_that_it_was_begun_with(tmp_path, capsys):
     other = train(mine, tmp_path / "other")
     other.state_path.write_bytes(left)  # as after a crash: of a stage that is finished
     train(mine, other.path)
-    with pytest.raises(ValueError, match=r"have the classes dog, zebra, but .* was trained on cat, dog"):
+    with pytest.raises(ValueError, match=r"was trained for other classes: cat, dog"):
         train(replace(mine, data=str(photos)), tmp_path / "its cnn", cnn=other)
     assert main(["export", str(other.path), "--data", str(photos), "--out", str(tmp_path / "a.onnx")]) == 1
     assert "have the classes dog, zebra" in capsys.readouterr().err
@@ -420,6 +421,8 @@ def test_a_cnn_that_is_taken_over_is_validated_here_and_not_swapped(unbroken, tm
     run = train(straight, tmp_path / "run", cnn=unbroken)
     assert run.stages[0].val_accuracy == 12.5
     train(straight, tmp_path / "run", cnn=unbroken)
+    with pytest.warns(UserWarning, match="moved is gone"):
+        train(straight, tmp_path / "run", cnn=tmp_path / "moved")
     other = train(replace(straight, seed=1), tmp_path / "other")
     with pytest.raises(ValueError, match=r"has a CNN already, and it is not that of .*other"):
         train(straight, tmp_path / "run", cnn=other)
@@ -436,9 +439,10 @@ def test_the_first_rung_that_loses_too_much_is_said(tmp_path, capsys):
     assert "the ladder ends at t3, which loses 2.00 points" in capsys.readouterr().err
 
 
-def test_random_numbers_of_gpus_are_left_alone(unbroken, monkeypatch):
+def test_random_numbers_of_gpus_are_left_alone(unbroken, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("a GPU was seeded"))
     load(unbroken, steps=1)
+    train(small(1), tmp_path, device="cpu", time_limit=0.0)
 
 
 def test_bf16_that_is_only_emulated_is_not_taken(monkeypatch):
@@ -454,3 +458,10 @@ def test_the_trial_of_bf16_does_not_import_from_the_current_folder(trial_of_bf16
     (tmp_path / "random.py").write_text("1/0")
     monkeypatch.chdir(tmp_path)
     assert (trial_of_bf16() is None) == (usual is None)
+
+
+def test_pilots_see_the_weights_of_each_epoch(tmp_path):
+    states = []
+    with watched(states):
+        train(small(1), tmp_path)
+    assert len(states) == 1

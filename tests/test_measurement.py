@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.small import small
 from tests.test_data import write_images
-from unitstep import Run, measure, measure_run, measurement
+from unitstep import Run, measure, measure_run, measurement, to_spiking
 from unitstep.conversion import spiking
 from unitstep.measurement import wilson
 from unitstep.runs import open_run
@@ -119,7 +119,31 @@ def test_fp32_on_a_gpu_is_not_rounded_to_tf32(monkeypatch):
             seen.append(torch.backends.cudnn.allow_tf32)
             return x.flatten(1)
 
-    measure(Telling(), [(torch.ones(3, 2, 1, 1), torch.zeros(3))], steps=None, device="cpu")
+    images = [(torch.ones(3, 2, 1, 1), torch.zeros(3))]
+    measure(Telling(), images, steps=None, device="cpu")
     assert seen
     assert not any(seen)
     assert torch.backends.cudnn.allow_tf32
+    conv = torch.backends.cudnn.conv
+    conv.fp32_precision = "ieee"  # now the older name cannot be read
+    try:
+        measure(nn.Flatten(), images, steps=None, device="cpu")
+        assert (conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+    finally:
+        conv.fp32_precision = "tf32"
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_hooks_do_not_keep_a_network_from_being_measured():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten()
+    images = torch.randn(8, 3, 8, 8)
+    snn = to_spiking(nn.Sequential(*layers, nn.Linear(64, 2)).eval(), images, steps=1)
+    batches = [(images, torch.zeros(8))]
+    plain = measure(snn, batches, steps=1, device="cpu")
+    snn.get_submodule("0").register_forward_hook(lambda *_: None)
+    assert measure(snn, batches, steps=1, device="cpu").operations == plain.operations
+    normed = nn.Sequential(*layers, nn.Linear(64, 2)).eval()
+    torch.nn.utils.spectral_norm(normed[3])
+    found = measure(to_spiking(normed, images, steps=1), batches, steps=1, device="cpu")
+    assert [o.macs for o in found.operations] == [o.macs for o in plain.operations]

@@ -87,7 +87,6 @@ def test_wrong_fields_are_refused(field, value, message):
         ({"warmup": 1.0}, "shares from 0 to 1"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more, and finite, not -0.1"),
         ({"spike_penalty": float("nan")}, "spike_penalty is 0 or more"),
-        ({"steps": None, "recompute": True}, "recompute is for spiking stages alone"),
         ({"keep": "first"}, "keep must be best or last, not 'first'"),
         ({"optimizer": "lion"}, "no optimizer named 'lion'"),
     ],

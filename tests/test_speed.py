@@ -63,7 +63,7 @@ def test_all_networks_of_a_run(unbroken, tmp_path):
 
 
 def test_a_runtime_that_fails_is_left_out(unbroken, monkeypatch):
-    def opened(content, runtime, *, threads):
+    def opened(content, runtime, *, threads=None):
         if runtime == "openvino":
             raise ValueError("it has no such layer")
         return lambda images: [images]

@@ -440,7 +440,7 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
                 node.args = node.args[:flag]
         elif "out" in node.kwargs or (module is None and kind.endswith("_") and not kind.endswith("__")):
             raise ValueError(f"{place} changes a value in place: write it without in-place")
-    for name in modules & {str(node.target) for node in graph.nodes if node.op == "call_module"}:  # not in leaves
+    for name in modules:
         net.get_submodule(name).inplace = False  # type: ignore[assignment,unused-ignore]
 
 

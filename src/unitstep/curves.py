@@ -53,6 +53,7 @@ class Point:
     """Median seconds for a single image; None if not timed."""
 
 
+@ieee()
 def find_thresholds_(snn: Spiking, images: Tensor, strategy: str, steps: int) -> Spiking:
     """`calibrate_` by one of `STRATEGIES`, or for the rate code, for use at T = `steps`, in place. A layer that never
     fires is no warning here: accuracy shows it."""
@@ -64,6 +65,7 @@ def find_thresholds_(snn: Spiking, images: Tensor, strategy: str, steps: int) ->
         return calibrate_(snn, images, steps=over if rate else steps, calibration_steps=over, **options)
 
 
+@ieee()
 @torch.no_grad()
 def right_at(
     snn: Spiking, x: Tensor, y: Tensor, marks: Sequence[int], *, rate_seed: int | None = None, bf16: bool = False
@@ -111,7 +113,6 @@ def climb(
             return
 
 
-@ieee()
 def conversion_alone(
     run: Run,
     *,
@@ -145,6 +146,7 @@ def conversion_alone(
     batches = [(x.to(where).contiguous(memory_format=torch.channels_last), y.to(where)) for x, y in parts]
     count = sum(len(y) for _, y in batches)
 
+    @ieee()
     @torch.no_grad()
     def percent(net: nn.Module, steps: int | None) -> float:
         return 100 * sum(int((forward(net, x, steps).argmax(1) == y).sum()) for x, y in batches) / count

@@ -10,7 +10,7 @@ which is one comparison. Its height h multiplies every weight that the spikes me
 
 import copy
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -77,16 +77,26 @@ def per_channel(values: Tensor, dimensions: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- fuse
 
 
-def fuse(snn: fx.GraphModule, images: Tensor, steps: int = 1) -> fx.GraphModule:
+def fuse(
+    snn: fx.GraphModule, images: Tensor, steps: int = 1, *, hooks: Literal["refuse", "leave out"] = "refuse"
+) -> fx.GraphModule:
     """The spiking network `snn` at `steps` timesteps as a plain module, in evaluation: images [B, C, H, W] → logits
     [B, classes].
 
     images: of which only the shape matters.  A copy, with nothing to train, whose modules have the names of the traced
     graph's operations: convolutions and linear layers, with a bias where a batch norm was, a `Fire` for each neuron
     layer, and what else the network has. Equal to `snn(images, steps)` but for rounding: where a membrane is at its
-    threshold to 1e-6 or so, a spike can differ. ValueError if steps < 1.
+    threshold to 1e-6 or so, a spike can differ. ValueError if steps < 1, or if a module has forward hooks, unless
+    those are to be left out.
     """
     check_steps(steps)
+    for name, module in snn.named_modules():
+        if hooks == "refuse" and not isinstance(module, LIF) and (module._forward_hooks or module._forward_pre_hooks):
+            raise ValueError(
+                f"{type(module).__name__} {name} has forward hooks, which an equal ordinary network would not be sure "
+                "to keep: remove them, by remove() of what registered them, or as torch.nn.utils.remove_spectral_norm "
+                "and prune.remove do"
+            )
     net = _at_fixed_steps(snn, steps).eval()
     ShapeProp(net).propagate(images[:1].to(next(net.buffers()).device))
     for node in list(net.graph.nodes):
@@ -127,12 +137,6 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
                 node.name = str(node.target).removeprefix("neurons.")
                 module = Fire(module, steps, bool(node.kwargs.get("static")))
                 node.args, node.kwargs = node.args[:1], {}
-            elif module._forward_hooks or module._forward_pre_hooks:
-                raise ValueError(
-                    f"{kind_of(node, module)} {node.target} has forward hooks, which an equal ordinary network "
-                    "would not be sure to keep: remove them, by remove() of what registered them, or as "
-                    "torch.nn.utils.remove_spectral_norm and prune.remove do"
-                )
             root.add_module(node.name, _plain(module))
             node.target = node.name
         elif node.op == "get_attr":
@@ -142,8 +146,14 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """A copy. What `module` computes from other tensors, as weight norm does, is a parameter of it."""
+    """A copy without forward hooks. What `module` computes from other tensors, as weight norm does, is a parameter."""
     plain = copy.deepcopy(module)
+    for part in plain.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    if isinstance(weight := vars(plain).get("weight"), Tensor):  # which a hook had computed: of old forms of these
+        del plain.weight
+        plain.weight = nn.Parameter(weight.detach().clone())
     if parametrize.is_parametrized(module):
         computed = {name: getattr(module, name).detach() for name in plain.parametrizations}  # type: ignore[union-attr]
         plain.__class__ = parametrize.type_before_parametrizations(module)
@@ -278,7 +288,7 @@ def fold_norm(net: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         fused, kept = _fold_into_next(norm, module_of(net, behind)), behind
     if fused is None:
         return None
-    learned = any(parameter.requires_grad for parameter in module_of(net, kept).parameters())  # type: ignore[union-attr]
+    learned = any(p.requires_grad for part in (norm, module_of(net, kept)) for p in part.parameters())  # type: ignore[union-attr]
     net.set_submodule(str(kept.target), fused.requires_grad_(learned))
     net.set_submodule(str(node.target), nn.Identity())
     node.replace_all_uses_with(before)

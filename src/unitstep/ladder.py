@@ -99,15 +99,21 @@ def _sigint() -> Iterator[threading.Event]:
 def ieee() -> Iterator[None]:
     """Let convolutions in fp32 be in fp32 on a GPU, too, in place of TF32, whose 10 bits make other spikes than the
     exported network has."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    cudnn: Any = torch.backends.cudnn
+    before = None
+    conv, rnn = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    with contextlib.suppress(RuntimeError):  # the older name of both, which is not to be read if they differ
+        before = cudnn.allow_tf32
+        cudnn.allow_tf32 = False
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        if before is not None:
+            cudnn.allow_tf32 = before
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
 
 
-@ieee()
 def train(
     recipe: Recipe,
     out: str | Path,
@@ -154,7 +160,9 @@ def train(
             recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
         )
         train_split, val_split = train_split.to(where), val_split.to(where)
-        if cnn is not None:
+        if cnn is not None and run.stage_path(0).exists() and not isinstance(cnn, Run) and not Path(cnn).exists():
+            warnings.warn(f"{cnn} is gone; {run.path} goes on with the CNN that it has", stacklevel=2)
+        elif cnn is not None:
             _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), val_split, where)
         run.check_images(train_split.classes, len(train_split))
 
@@ -186,8 +194,9 @@ def _take_cnn(run: Run, source: Run, val: Split, device: torch.device) -> None:
     for other classes, or if `run` has one already that is not the same."""
     if not source.stage_path(0).exists():
         raise ValueError(f"{source.path} has no trained CNN to start from: unitstep train goes on with it")
-    source.check_images(val.classes)
     tensors, info = source.load(source.stage_path(0), 0)
+    if tuple(info["classes"]) != val.classes:
+        raise ValueError(f"the CNN of {source.path} was trained for other classes: {', '.join(info['classes'][:10])}")
     alike = ("net", "size", "channels", "pool", "pixel_zero", "pixel_scale")
     if other := [name for name in alike if getattr(source.recipe, name) != getattr(run.recipe, name)]:
         raise ValueError(f"the CNN of {source.path} is not this recipe's network: other {', '.join(other)}")
@@ -269,11 +278,12 @@ def convert(
 
 def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> None:
     """ValueError if a user's CNN does not give logits [B, classes] of the recipe's images."""
+    where = next(cnn.buffers()).device
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(recipe.seed)  # also of weights that are made at the first call
+        with torch.no_grad(), torch.random.fork_rng(_gpus(where)):
+            _seed(recipe.seed, where)  # also of weights that are made at the first call
             images = torch.randint(256, (2, recipe.channels, recipe.size, recipe.size), dtype=torch.uint8)
-            logits = forward(cnn.eval(), images.to(next(cnn.buffers()).device), None)
+            logits = forward(cnn.eval(), images.to(where), None)
     except Exception as error:  # whatever the user's code raises
         raise ValueError(
             f"{recipe.net} fails on images of {recipe.channels}×{recipe.size}×{recipe.size}: {error}. --size and "
@@ -382,7 +392,8 @@ class _Fit:
         if fresh:
             images = calibration_images(recipe, self.train)
             steps, options = self.stage.steps or 1, finding(recipe)
-            calibrate_(snn.to(self.device), images.to(self.device), steps=steps, refresh_norms=True, **options)
+            with ieee():
+                calibrate_(snn.to(self.device), images.to(self.device), steps=steps, refresh_norms=True, **options)
         return snn
 
     def _warn_of_silence(self, snn: nn.Module) -> None:
@@ -410,7 +421,7 @@ class _Fit:
         False returned."""
         recipe = self.run.recipe
         checkpoint = time.monotonic()
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng(_gpus(self.device)):
             while self.step < self.total:
                 epoch, position = divmod(self.step, self.per_epoch)
                 order = mix(recipe.seed, self.index, epoch)
@@ -445,10 +456,7 @@ class _Fit:
 
     def _optimise(self, images: Tensor, labels: Tensor) -> None:
         """One optimiser step on images uint8 [B, C, H, W] and labels [B]."""
-        seed = mix(self.run.recipe.seed, self.index, self.step, 0)  # of dropout
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs that are not ours, too
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        _seed(mix(self.run.recipe.seed, self.index, self.step, 0), self.device)  # dropout
         for group in self.optimizer.param_groups:
             lr = group["times"] * learning_rate(self.stage, self.step, self.total)
             if isinstance(group["lr"], Tensor):
@@ -631,6 +639,7 @@ def batch_size(steps: int | None, device: torch.device) -> int:
     return max(1, (512 if device.type == "cuda" else 128) // (steps or 1))
 
 
+@ieee()
 @torch.no_grad()
 def accuracy(net: nn.Module, split: Split, steps: int | None, device: torch.device) -> float:
     """Percent of the images of `split` whose class has the largest logit, in fp32; steps=None calls the net as a
@@ -708,6 +717,18 @@ def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch
         )
         return False
     return pays
+
+
+def _gpus(device: torch.device) -> list[torch.device]:
+    """Whose random numbers `_seed` changes beside the processor's."""
+    return [device] if device.type == "cuda" else []
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the processor's random numbers and those of `device`. (torch.manual_seed would seed all GPUs.)"""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,7 +19,7 @@ from unitstep.conversion import Spiking, trace
 from unitstep.curves import conversion_alone
 from unitstep.data import Split, load_test
 from unitstep.files import read_json, write_json
-from unitstep.fusing import per_channel
+from unitstep.fusing import fuse, per_channel
 from unitstep.ladder import batch_size, choose_device, forward, ieee
 from unitstep.neuron import LIF, compiled, compiler_available, membranes
 from unitstep.operations import Input, Operation, of_rows, operations
@@ -118,7 +118,7 @@ def measure(
         raise ValueError("a spiking network is measured at a number of timesteps, a CNN at steps=None")
     where = choose_device(device)
     net = net.eval().to(where)
-    batches = iter(data.batches(batch_size(steps, where)) if isinstance(data, Split) else data)
+    batches = iter(data.batches(max(HEALTH_IMAGES, batch_size(steps, where))) if isinstance(data, Split) else data)
     first = next(batches, None)
     if first is None or not len(first[0]):
         raise ValueError("there are no images to measure on")
@@ -179,7 +179,7 @@ def measure(
 def _operations(net: nn.Module, image: Tensor, steps: int | None) -> tuple[Operation, ...]:
     """Empty for a CNN that cannot be traced: its accuracy can be measured all the same."""
     if isinstance(net, Spiking):
-        return operations(net.fuse(image), image)
+        return operations(fuse(net, image, hooks="leave out"), image)
     try:
         return operations(trace(net), image) if steps is None else ()
     except ValueError:

@@ -60,8 +60,8 @@ class Stage:
     """Which epoch's weights the stage ends with: the best on the validation images, or the last."""
     recompute: bool = False
     """Compute batch norms, neurons and pools of a spiking stage again in the backward pass in place of keeping what
-    they gave: at five timesteps less memory, for about a tenth of the time. Not of the CNN. On a GPU, steps are then
-    not recorded and replayed."""
+    they gave: at five timesteps less memory, for about a tenth of the time. Of no use in the CNN. On a GPU, steps
+    are then not recorded and replayed."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -88,8 +88,6 @@ class Stage:
             raise ValueError(
                 f"spike_penalty is 0 or more, in spiking stages alone; it is {self.spike_penalty} in stage {self.name}"
             )
-        if self.recompute and self.steps is None:
-            raise ValueError("recompute is for spiking stages alone: leave it out in stage cnn")
         if self.recompute and self.spike_penalty:
             raise ValueError("recompute cannot be had with spike_penalty, which looks at the spikes: leave one out")
         if self.weight_bits is not None and not 2 <= self.weight_bits <= 8:

@@ -120,8 +120,8 @@ def _contenders(run: Run, images: Tensor, device: torch.device) -> Iterator[tupl
     for steps, content in _files(run, images):
         for runtime in installed:
             try:
-                model = open_model(content, runtime, threads=torch.get_num_threads())
-                model(images[:1].numpy())
+                open_model(content, runtime)(images[:1].numpy())
+                model = open_model(content, runtime, threads=torch.get_num_threads())  # anew: memory is of a first call
             except Exception as error:  # each library has its own, and the others can be timed
                 what = f"the exported {'CNN' if steps is None else 'network'} fails in {TITLES[runtime]}"
                 warnings.warn(f"{what}, where it is not timed: {first_line(error)}", stacklevel=4)

@@ -122,7 +122,7 @@ def _energy_table(group: Group, models: Mapping[str, energy.Model]) -> Table:
     assumptions = " ".join(f"{name}: {energy.about(model)}" for name, model in models.items())
     note = (
         "Microjoules per image; none is a measurement. Break-even rate: spikes per neuron at which the int8 CNN costs "
-        f"as much. {assumptions}"
+        f"as much; above T, which no neuron reaches, the network is cheaper at any rate. {assumptions}"
     )
     return Table("Energy", columns, rows, note)
 

@@ -183,7 +183,7 @@ def step_of(contender: str, case: Case, batch: int) -> Callable[[], None]:
 def table(record: dict[str, Any]) -> str:
     """A record as Markdown: images per second, and of the memory megabytes, each against the fastest or leanest other
     library; one table per network and precision."""
-    parts = []
+    parts = ["Training: images per second (the CNN's divided by T), and memory of the first step, MB.", ""]
     cases = dict.fromkeys((row["net"], row["precision"], row["batch"]) for row in record["speeds"])
     for net, precision, batch in cases:
         case = {"net": net, "precision": precision, "batch": batch}
