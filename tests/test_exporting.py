@@ -434,8 +434,23 @@ def test_features_of_integer_and_float_layers_side_by_side(tmp_path):
     to_onnx(to_spiking(JoinedFeatures().eval(), images, steps=1, height="unit"), tmp_path / "a.onnx", images)
 
 
+class Squeezed(nn.Module):
+    """A head without a dimension for one image: where layers come behind that, the file has it all the same."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.a, self.b, self.behind = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 6), behind
+
+    def forward(self, x):
+        return self.behind(self.b(torch.relu(self.a(x))).squeeze())
+
+
 def test_what_gives_no_logits_is_refused(tmp_path):
     images = torch.rand(4, 3, 8, 8)
     snn = to_spiking(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), images, steps=1)
     with pytest.raises(ValueError, match=r"gives \[2, 2, 4, 4\] for 2 images, not"):
         to_onnx(snn, tmp_path / "a.onnx", images, form="float")
+    with pytest.raises(ValueError, match=r"it gives \[5\] for one image: squeeze\(\) drops"):
+        to_onnx(to_spiking(Squeezed(nn.Identity()).eval(), images, steps=1), tmp_path / "a.onnx", images, form="float")
+    to_onnx(to_spiking(Squeezed(nn.Linear(5, 2)).eval(), images, steps=1), tmp_path / "a.onnx", images, form="float")
+    assert open_model(tmp_path / "a.onnx")(images[:1].numpy())[0].shape == (1, 2)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.small import small
 from tests.test_data import write_images
-from unitstep import Run, measure, measure_run, measurement, to_spiking
+from unitstep import Run, measure, measure_run, measurement, to_onnx, to_spiking
 from unitstep.conversion import spiking
 from unitstep.measurement import wilson
 from unitstep.runs import open_run
@@ -145,5 +145,9 @@ def test_hooks_do_not_keep_a_network_from_being_measured():
     assert measure(snn, batches, steps=1, device="cpu").operations == plain.operations
     normed = nn.Sequential(*layers, nn.Linear(64, 2)).eval()
     torch.nn.utils.spectral_norm(normed[3])
-    found = measure(to_spiking(normed, images, steps=1), batches, steps=1, device="cpu")
+    snn = to_spiking(normed, images, steps=1)
+    snn.train()(images, 1).sum().backward()
+    found = measure(snn, batches, steps=1, device="cpu")
     assert [o.macs for o in found.operations] == [o.macs for o in plain.operations]
+    with pytest.raises(ValueError, match="Conv2d 3 has forward hooks"):
+        to_onnx(snn, "nowhere.onnx", images, form="float")

@@ -20,7 +20,7 @@ from unitstep.calibration import Activity, record
 from unitstep.conversion import Spiking
 from unitstep.data import Split
 from unitstep.files import write_whole
-from unitstep.fusing import Fire, module_of, per_channel
+from unitstep.fusing import Fire, module_of, per_channel, refuse_hooks
 from unitstep.neuron import LIF, check_steps, membranes
 from unitstep.qdq import LOGITS, integer_model
 from unitstep.quantizing import quantize
@@ -103,6 +103,7 @@ def to_onnx(
         raise ValueError(f"the 8-bit form takes raw pixels, uint8, not {images.dtype}: export in floating point")
     if not len(images) or (labels is not None and len(labels) != len(images)):
         raise ValueError(f"{len(images)} images and {0 if labels is None else len(labels)} labels: give some, as many")
+    refuse_hooks(snn)
     snn, images, labels = copy.deepcopy(snn).eval().cpu(), images.cpu(), None if labels is None else labels.cpu()
     fused = snn.fuse(images, steps)
     given = fused(torch.cat([images[:1]] * 2))
@@ -185,6 +186,11 @@ def _compare(
     alone.CopyFrom(model)
     del alone.graph.output[1:]
     run, file = open_model(model.SerializeToString()), open_model(alone.SerializeToString())
+    (one,) = file(images[:1].numpy())
+    if one.ndim != 2:
+        raise ValueError(
+            f"it gives {list(one.shape)} for one image: squeeze() drops that dimension, flatten(1) does not"
+        )
     layers = [LayerParity(output.name) for output in model.graph.output[1:]]
     parity = Parity("float" if rounded is None else "int8", steps, len(images), layers)
     right = file_right = 0

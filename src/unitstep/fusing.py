@@ -90,13 +90,8 @@ def fuse(
     those are to be left out.
     """
     check_steps(steps)
-    for name, module in snn.named_modules():
-        if hooks == "refuse" and not isinstance(module, LIF) and (module._forward_hooks or module._forward_pre_hooks):
-            raise ValueError(
-                f"{type(module).__name__} {name} has forward hooks, which an equal ordinary network would not be sure "
-                "to keep: remove them, by remove() of what registered them, or as torch.nn.utils.remove_spectral_norm "
-                "and prune.remove do"
-            )
+    if hooks == "refuse":
+        refuse_hooks(snn)
     net = _at_fixed_steps(snn, steps).eval()
     ShapeProp(net).propagate(images[:1].to(next(net.buffers()).device))
     for node in list(net.graph.nodes):
@@ -107,6 +102,19 @@ def fuse(
     net.graph.lint()
     net.recompile()
     return net.requires_grad_(False)
+
+
+def refuse_hooks(snn: fx.GraphModule) -> None:
+    """ValueError, with its name, if a module that `snn` calls has forward hooks. (Those of neurons only look on.)"""
+    for node in snn.graph.nodes:
+        called = module_of(snn, node)
+        for module in called.modules() if called is not None and not isinstance(called, LIF) else ():
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise ValueError(
+                    f"{type(module).__name__} {node.target} has forward hooks, which an equal ordinary network would "
+                    "not be sure to keep: remove them, by remove() of what registered them, or as "
+                    "torch.nn.utils.remove_spectral_norm and prune.remove do"
+                )
 
 
 def sums_channels(net: nn.Module, node: fx.Node) -> bool:
@@ -147,11 +155,12 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
 
 def _plain(module: nn.Module) -> nn.Module:
     """A copy without forward hooks. What `module` computes from other tensors, as weight norm does, is a parameter."""
-    plain = copy.deepcopy(module)
+    computed_by_hooks = (x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor))
+    plain = copy.deepcopy(module, {id(x): x.detach().clone() for x in computed_by_hooks})
     for part in plain.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
-    if isinstance(weight := vars(plain).get("weight"), Tensor):  # which a hook had computed: of old forms of these
+    if isinstance(weight := vars(plain).get("weight"), Tensor):  # by an old form of these
         del plain.weight
         plain.weight = nn.Parameter(weight.detach().clone())
     if parametrize.is_parametrized(module):
@@ -288,8 +297,10 @@ def fold_norm(net: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         fused, kept = _fold_into_next(norm, module_of(net, behind)), behind
     if fused is None:
         return None
-    learned = any(p.requires_grad for part in (norm, module_of(net, kept)) for p in part.parameters())  # type: ignore[union-attr]
-    net.set_submodule(str(kept.target), fused.requires_grad_(learned))
+    weight, bias = (any(p.requires_grad for p in part.parameters()) for part in (module_of(net, kept), norm))  # type: ignore[union-attr]
+    fused.weight.requires_grad_(weight)
+    fused.bias.requires_grad_(weight or bias)
+    net.set_submodule(str(kept.target), fused)
     net.set_submodule(str(node.target), nn.Identity())
     node.replace_all_uses_with(before)
     net.graph.erase_node(node)

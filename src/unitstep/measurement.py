@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from unitstep.calibration import Activity, record
+from unitstep.calibration import ROWS, Activity, record
 from unitstep.conversion import Spiking, trace
 from unitstep.curves import conversion_alone
 from unitstep.data import Split, load_test
@@ -118,7 +118,8 @@ def measure(
         raise ValueError("a spiking network is measured at a number of timesteps, a CNN at steps=None")
     where = choose_device(device)
     net = net.eval().to(where)
-    batches = iter(data.batches(max(HEALTH_IMAGES, batch_size(steps, where))) if isinstance(data, Split) else data)
+    at_least = min(HEALTH_IMAGES, ROWS // (steps or 1))
+    batches = iter(data.batches(max(at_least, batch_size(steps, where))) if isinstance(data, Split) else data)
     first = next(batches, None)
     if first is None or not len(first[0]):
         raise ValueError("there are no images to measure on")
