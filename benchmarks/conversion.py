@@ -130,8 +130,8 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"% of {found['images']:,} validation images, by conversion alone; the CNN: {found['cnn_accuracy']:.1f}.",
+        "Rows: how thresholds were found, and membranes before the first step, in thresholds.",
     ]
-    lines += ["Rows: how thresholds were found, and membranes before the first step, in thresholds."]
     return "\n".join(lines) + "\n"
 
 

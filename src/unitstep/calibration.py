@@ -22,7 +22,7 @@ from unitstep.recipes import STRATEGIES, Thresholds
 from unitstep.running import first_line
 
 REPORTED = 128  # images on which a report's rates and errors are taken, at most
-SAMPLE = 1 << 18  # values of a layer's current that the "mse" strategy looks at, at most
+SAMPLE = 1 << 18  # values of a layer's current that the "mse" strategy, or a picture, looks at, at most
 ROWS = 320  # images times steps that a report works on at a time
 
 
@@ -69,16 +69,13 @@ def _check_trace(cnn: nn.Module, traced: nn.Module, images: Tensor) -> None:
         logits, again = (copy.deepcopy(cnn).eval()(images.clone()) for _ in range(2))
     except Exception:  # whatever the user's code raises: it wants more than images, or asserts what is not traced
         return
-    ours, both = traced(images.clone()), isinstance(logits, Tensor) and isinstance(again, Tensor)
-    if both and not torch.allclose(logits, again, equal_nan=True):  # it draws random numbers, perhaps weights
-        return
-    if (
-        not both
-        or ours.shape != logits.shape
-        or not torch.allclose(
-            ours, logits, rtol=1e-3, atol=1e-3 * logits.nan_to_num().abs().max().item(), equal_nan=True
-        )
-    ):
+    ours, same = traced(images.clone()), False
+    if isinstance(logits, Tensor):
+        if not torch.allclose(logits, again, equal_nan=True):  # it draws random numbers, perhaps weights
+            return
+        close = {"rtol": 1e-3, "atol": 1e-3 * logits.nan_to_num().abs().max().item()}
+        same = ours.shape == logits.shape and torch.allclose(ours, logits, equal_nan=True, **close)
+    if not same:
         raise ValueError(
             f"{type(cnn).__name__}, traced, gives other logits than when it is called: what it computes depends on how "
             "it is called, as by isinstance(x, torch.Tensor), or it changes a value in place unseen, in a leaf module. "
@@ -184,12 +181,19 @@ def _percentile(currents: Iterator[Tensor], percentile: float, per_channel: bool
     return torch.stack(peaks).amax(0)
 
 
+def sampled(x: Tensor) -> Tensor:
+    """x [n], or `SAMPLE` of its values if those are fewer, from random places: equal strides could meet one column of
+    the image only."""
+    if len(x) <= SAMPLE:
+        return x
+    return x[torch.randint(len(x), (SAMPLE,), generator=torch.Generator().manual_seed(0)).to(x.device)]
+
+
 def _least_squares(currents: Iterator[Tensor], steps: int, initial: float, cap: float | None) -> Tensor:
     """The threshold whose response over `steps` to the mean current is nearest to ReLU, or to the capped ReLU."""
     sums = [(window.sum(0), len(window)) for window in currents]
     x = (torch.stack([total for total, _ in sums]).sum(0) / sum(length for _, length in sums)).flatten()
-    if len(x) > SAMPLE:  # at random places: equal strides could meet one column of the image only
-        x = x[torch.randint(len(x), (SAMPLE,), generator=torch.Generator().manual_seed(0)).to(x.device)]
+    x = sampled(x)
     top = x.max() if cap is None else x.max().clamp(max=cap)
     wanted = x.clamp(0, cap)
     best, V = math.inf, top

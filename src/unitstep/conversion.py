@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from unitstep.fusing import BATCH_NORMS, CATS, CONVOLUTIONS, argument, fold_norm, fuse, kind_of, module_of
+from unitstep.fusing import BATCH_NORMS, CATS, CONVOLUTIONS, argument, fold_norm, fuse, has_hooks, kind_of, module_of
 from unitstep.graphs import Graph
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF, Height, SharedDropout, check_steps, read_out, repeat
@@ -329,7 +329,7 @@ def _is_users(file: str) -> bool:
 def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
     """A traced copy of `cnn` in evaluation mode that changes no value in place. ValueError, with the line in the user's
     file, if it cannot be traced."""
-    if _has_hooks(cnn):
+    if has_hooks(cnn):
         raise ValueError(
             f"{type(cnn).__name__} has forward hooks, which its spiking copy would not run: remove them, by remove() "
             "of what registered them, or put what they do into forward"
@@ -376,10 +376,6 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
         traced.graph.erase_node(option)
     traced.recompile()
     return traced
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _untraceable(cnn: nn.Module, error: Exception, path: str) -> str:
@@ -546,7 +542,7 @@ class _Conversion:
                 path = str(node.target) if node.op == "call_module" else ""
                 self.rows[node] = Row(node.name, kind, path, node.meta.get("line", ""))
         calls = [(node, str(node.target)) for node in self.rows if node.op == "call_module"]
-        hooked = [(node, path, module) for node, path in calls if _has_hooks(module := self.net.get_submodule(path))]
+        hooked = [(node, path, module) for node, path in calls if has_hooks(module := self.net.get_submodule(path))]
         self._norms()
         images = next(node for node in graph.nodes if node.op == "placeholder")
         with graph.inserting_after(images):

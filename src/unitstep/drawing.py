@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from unitstep.calibration import Activity
-
-SHOWN = 1 << 18  # values of a layer that its histogram counts, at most
+from unitstep.calibration import Activity, sampled
 
 
 def draw_currents(layers: Mapping[str, Activity], path: str | Path) -> None:
@@ -39,7 +36,4 @@ def draw_currents(layers: Mapping[str, Activity], path: str | Path) -> None:
 def _in_thresholds(layer: Activity) -> Tensor:
     V = layer.threshold
     current = layer.current.float() / (V.view(1, 1, -1, *[1] * (layer.current.dim() - 3)) if V.dim() else V)
-    flat = current.flatten().cpu()
-    if len(flat) > SHOWN:  # at random places: equal strides could meet one column of the image only
-        flat = flat[torch.randint(len(flat), (SHOWN,), generator=torch.Generator().manual_seed(0))]
-    return flat
+    return sampled(current.flatten()).cpu()

@@ -103,7 +103,7 @@ def to_onnx(
         raise ValueError(f"the 8-bit form takes raw pixels, uint8, not {images.dtype}: export in floating point")
     if not len(images) or (labels is not None and len(labels) != len(images)):
         raise ValueError(f"{len(images)} images and {0 if labels is None else len(labels)} labels: give some, as many")
-    refuse_hooks(snn)
+    refuse_hooks(snn)  # before it is copied, which what hooks have computed does not allow
     snn, images, labels = copy.deepcopy(snn).eval().cpu(), images.cpu(), None if labels is None else labels.cpu()
     fused = snn.fuse(images, steps)
     given = fused(torch.cat([images[:1]] * 2))

@@ -109,7 +109,7 @@ def refuse_hooks(snn: fx.GraphModule) -> None:
     for node in snn.graph.nodes:
         called = module_of(snn, node)
         for module in called.modules() if called is not None and not isinstance(called, LIF) else ():
-            if module._forward_hooks or module._forward_pre_hooks:
+            if has_hooks(module):
                 raise ValueError(
                     f"{type(module).__name__} {node.target} has forward hooks, which an equal ordinary network would "
                     "not be sure to keep: remove them, by remove() of what registered them, or as "
@@ -310,6 +310,10 @@ def fold_norm(net: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 def module_of(net: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that `node` calls; None if it is no such call."""
     return net.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def kind_of(node: fx.Node, module: nn.Module | None) -> str:
