@@ -27,7 +27,7 @@ from unitstep.groups import cell
 from unitstep.ladder import train
 from unitstep.measurement import measure
 from unitstep.recipes import Recipe, Stage
-from unitstep.runs import Run, provenance
+from unitstep.runs import Run
 
 HERE = Path(__file__).parent
 RECORD = HERE / "records" / "controls.json"
@@ -124,8 +124,8 @@ def run(control: Control, data: str, out: Path, deadline: float, **options: Any)
             {"steps": stage.stage.steps, "epochs": stage.stage.epochs, "val_accuracy": stage.val_accuracy}
             | {"spikes_per_neuron": found.spikes_per_neuron, "seconds": stage.seconds, "layers": layers}
         )
-    about = {key: made.about.get(key) for key in ("precision", "device")}
-    return {**asdict(control), "stages": stages, "val_images": len(val), **about, **provenance()}
+    about = {key: made.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")}
+    return {**asdict(control), "stages": stages, "val_images": len(val), **about}
 
 
 def recorded() -> list[dict[str, Any]]:

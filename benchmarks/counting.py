@@ -19,9 +19,9 @@ import torch
 
 from unitstep.compact import pretrained
 from unitstep.data import InMemory, load_train
+from unitstep.evaluation import accuracy
 from unitstep.files import write_json
 from unitstep.groups import cell
-from unitstep.ladder import accuracy
 from unitstep.measurement import measure
 from unitstep.runs import provenance
 from unitstep.tables import markdown

@@ -26,9 +26,8 @@ PART_BYTES = 16_000_000
 LOGGED = ("name", "epoch", "loss", "val_accuracy", "images_per_second", "memory")
 
 
-def shortened(name: str, factor: float) -> Recipe:
-    """A shipped recipe with every stage's epochs divided by `factor`."""
-    r = recipe(name)
+def shortened(r: Recipe, factor: float) -> Recipe:
+    """With every stage's epochs divided by `factor`."""
     return replace(r, stages=tuple(replace(stage, epochs=stage.epochs / factor) for stage in r.stages))
 
 
@@ -53,7 +52,7 @@ RUNS: dict[str, Recipe] = {
     "cifar10-vgg6-0": recipe("cifar10-vgg6"),
     "cifar10-vgg16-1": replace(VGG16, seed=1),
     "cifar10-vgg16-2": replace(VGG16, seed=2),
-    "cifar10-vgg16-paper-over-20": shortened("cifar10-vgg16-paper", 20),
+    "cifar10-vgg16-paper-over-20": shortened(recipe("cifar10-vgg16-paper"), 20),
 }
 SAME_CNN = {"cifar10-vgg16-straight-0": "cifar10-vgg16-0"}
 
@@ -83,9 +82,11 @@ def main() -> None:
         left = (deadline - time.monotonic()) / 60
         if left <= 0:
             break
-        r = RUNS[name]
-        r = replace(r, stages=tuple(replace(stage, epochs=stage.epochs / options.shorter) for stage in r.stages))
+        r = shortened(RUNS[name], options.shorter)
         cnn = options.work / SAME_CNN[name] if name in SAME_CNN else None
+        if cnn is not None and not cnn.exists() and not path.exists():
+            print(f"{name} starts from the CNN of {SAME_CNN[name]}, which is not in {options.work}: left out")
+            continue
         run = train(r, path, data=options.data, device=options.device, time_limit=left, cnn=cnn)
         done = len(run.stages)
         print(f"{name}: {done} of {len(run.recipe.stages)} stages", *(s.val_accuracy for s in run.stages), flush=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from unitstep import ladder, packed
 from unitstep.data import load_test
+from unitstep.evaluation import accuracy, choose_device
 from unitstep.files import write_json
 from unitstep.recipes import Recipe, Stage, recipe, without_folder
 from unitstep.runs import provenance
@@ -108,7 +109,7 @@ def pilot(r: Recipe, work: Path, device: str) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     with watched(states):
         run = ladder.train(r, work, device=device)
-    held_out, where = load_test(r.data, size=r.size, channels=r.channels), ladder.choose_device(device)
+    held_out, where = load_test(r.data, size=r.size, channels=r.channels), choose_device(device)
     held_out, net = held_out.to(where), run.net(1).to(where)
 
     def percent(given: list[dict[str, Tensor]]) -> float:
@@ -116,9 +117,9 @@ def pilot(r: Recipe, work: Path, device: str) -> dict[str, Any]:
             name: torch.stack([s[name] for s in given]).float().mean(0).to(given[0][name].dtype) for name in given[0]
         }
         net.load_state_dict(mean)
-        return ladder.accuracy(net, held_out, 1, where)
+        return accuracy(net, held_out, 1, where)
 
-    found = {"kept": ladder.accuracy(net, held_out, 1, where), "last": percent(states[-1:])}
+    found = {"kept": accuracy(net, held_out, 1, where), "last": percent(states[-1:])}
     found |= {f"mean of {count}": percent(states[-count:]) for count in MEANS}
     rows = [row for row in run.log if row["stage"] == 1]
     return {
@@ -143,8 +144,11 @@ def main() -> None:
     data = options.work / "data"
     if not data.exists():
         set_aside(options.data, data)
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    done = {(row["change"], row["seed"]) for row in rows}
+
+    def rows() -> list[dict[str, Any]]:
+        return json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+
+    done = {(row["change"], row["seed"]) for row in rows()}
     for seed in options.seeds:
         for number, (change, r) in enumerate(PILOTS.items()):
             if (change, seed) in done or time.monotonic() > deadline:
@@ -153,8 +157,8 @@ def main() -> None:
             found = pilot(replace(r, data=str(data), seed=seed), folder, options.device)
             about = provenance() | ({"commit": options.commit} if options.commit else {})
             whole = without_folder(replace(r, seed=seed)).to_dict()
-            rows.append({"change": change, "seed": seed, **found, "recipe": whole, **about})
-            write_json(options.out, {"schema": 1, "rows": rows})
+            row = {"change": change, "seed": seed, **found, "recipe": whole, **about}
+            write_json(options.out, {"schema": 1, "rows": [*rows(), row]})  # which other processes may have added to
             print(change, seed, found["held_out"], f"{sum(found['seconds']):.0f} s", flush=True)
 
 

@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from unitstep import nets, recipe
 from unitstep.calibration import to_spiking
 from unitstep.data import load_train
+from unitstep.evaluation import accuracy
 from unitstep.files import write_json
-from unitstep.ladder import accuracy
 from unitstep.neuron import compiled
 from unitstep.runs import provenance
 

@@ -178,15 +178,20 @@ def test_batches_leave_the_global_generator_alone(photos: str, fashion: tuple[In
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("augment", "border"), [("flip", "mean"), ("crop-flip", "mean"), ("crop-flip", "mirror")])
+@pytest.mark.parametrize(
+    ("augment", "border", "padding"),
+    [("flip", "mean", 0), ("crop-flip", "mean", 4), ("crop-flip", "mirror", 4), ("crop-flip", "mirror", 2)],
+)
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 12)])
-def test_augmentation_against_one_image_at_a_time(augment: str, border: str, shape: tuple[int, int, int]) -> None:
+def test_augmentation_against_one_image_at_a_time(
+    augment: str, border: str, padding: int, shape: tuple[int, int, int]
+) -> None:
     """The oracle: pad each image, cut, and mirror, with the draws documented for batch k."""
     noise = torch.Generator().manual_seed(0)
     images = torch.randint(256, (64, *shape), generator=noise, dtype=torch.uint8)
     split = InMemory(images, torch.arange(64), [str(i) for i in range(64)], fill=99)
-    padding = 4 if augment == "crop-flip" else 0
-    for k, (batch, labels) in enumerate(split.batches(32, seed=5, augment=augment, border=border)):
+    batches = split.batches(32, seed=5, augment=augment, border=border, padding=padding)
+    for k, (batch, labels) in enumerate(batches):
         generator = torch.Generator().manual_seed(mix(5, k))
         flip = torch.randint(2, (32, 1), generator=generator).flatten().tolist()
         tops, lefts = torch.randint(2 * padding + 1, (2, 32, 1), generator=generator).flatten(1).tolist()
@@ -205,7 +210,8 @@ def test_cutout_against_one_image_at_a_time(shape: tuple[int, int, int], side: i
     noise = torch.Generator().manual_seed(0)
     images = torch.randint(256, (64, *shape), generator=noise, dtype=torch.uint8)
     split = InMemory(images, torch.arange(64), [str(i) for i in range(64)], fill=99)
-    plain, cut = (list(split.batches(32, seed=5, augment="crop-flip", cutout=pixels)) for pixels in (0, side))
+    changes: dict[str, Any] = {"seed": 5, "augment": "crop-flip", "border": "mirror"}
+    plain, cut = (list(split.batches(32, **changes, cutout=pixels)) for pixels in (0, side))
     for k, ((before, _), (after, _)) in enumerate(zip(plain, cut, strict=True)):
         generator = torch.Generator().manual_seed(mix(5, k))
         torch.randint(2, (32, 1), generator=generator)

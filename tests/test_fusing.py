@@ -111,6 +111,24 @@ def test_a_constant_given_by_name_is_none_the_less_one():
     agrees(to_spiking(Shifted().double().eval(), images, steps=1, **ONE), images, 1)
 
 
+class Turned(nn.Module):
+    """Concatenates what one operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = torch.cat(torch.relu(self.conv(x)).chunk(2, 1)[::-1], 1)
+        return self.fc(x.mean((2, 3)).view(-1, self.conv.weight.shape[0]))
+
+
+def test_a_concatenation_of_what_one_operation_gives_and_a_size_of_weights():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    agrees(to_spiking(Turned().double().eval(), images, steps=2, **ONE), images, 2)
+
+
 def test_hooks_are_refused():
     x = torch.randn(4, 3, 8, 8)
     cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()

@@ -65,6 +65,7 @@ def test_differences_name_the_field():
         ("colour", 1, "unknown fields .'colour'"),
         ("seed", "one", "recipe.seed: 'one' is not"),
         ("norm", "sometimes", "recipe.norm: 'sometimes' is not"),
+        ("pixel_zero", [1, 2, 3], r"one for each channel \(1\), not 3 and 1"),
         ("cutout", -1, "padding and cutout must be 0 or more pixels, not 4 and -1"),
         ("augment", "none", "cutout goes with augment flip or crop-flip, not none: set it to 0"),
         ("stages", [{"steps": 1}], "missing 2 required positional arguments"),
@@ -80,8 +81,8 @@ def test_wrong_fields_are_refused(field, value, message):
     ("arguments", "message"),
     [
         ({"steps": 0}, "steps of 1 or more"),
-        ({"epochs": 0}, "epochs must be greater than 0"),
-        ({"epochs": float("inf")}, "epochs must be greater than 0, and finite"),
+        ({"epochs": -1}, "epochs must be 0 or more"),
+        ({"epochs": float("inf")}, "epochs must be 0 or more, and finite"),
         ({"lr": -1.0}, "lr must be greater than 0"),
         ({"batch": 10, "accumulate": 3}, "cannot be cut into 3 equal parts"),
         ({"warmup": 1.0}, "shares from 0 to 1"),
@@ -94,6 +95,14 @@ def test_wrong_fields_are_refused(field, value, message):
 def test_wrong_stages_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Stage(**{"steps": 1, "epochs": 1, "lr": 0.1, **arguments})
+
+
+def test_a_rung_of_no_epochs_is_left_out():
+    whole = recipe("fashion-mini")
+    cnn, first, *rungs = whole.stages
+    shorter = replace(whole, stages=(cnn, replace(first, epochs=0), *rungs))
+    assert shorter.stages == (cnn, *rungs)
+    assert recipe_from_dict(shorter.to_dict()) == shorter
 
 
 def test_wrong_ladders_are_refused():

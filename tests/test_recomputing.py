@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.small import small
-from unitstep import nets, to_spiking, train
+from unitstep import ladder, nets, to_spiking, train
 from unitstep.neuron import LIF
 from unitstep.recomputing import Piece, recomputing
 
@@ -45,6 +45,23 @@ def test_values_gradients_and_statistics_are_the_same_bit_for_bit(name, options)
     assert all(torch.equal(state[key], state_again[key]) for key in state)
 
 
+@pytest.mark.parametrize("name", ["vgg-mini", "resnet20"])
+def test_less_is_kept_for_the_backward_pass(name):
+    def kept(called):
+        saved: dict[int, int] = {}  # bytes by storage: what is saved twice is held once
+
+        def pack(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = called(IMAGES, 3)
+        return sum(saved.values()), logits  # which hold all of it until now
+
+    snn = spiking(name)
+    assert kept(recomputing(snn))[0] < 0.7 * kept(snn)[0]
+
+
 def test_every_neuron_layer_is_in_a_piece():
     snn = spiking("resnet20")
     pieces = [module for module in recomputing(snn).children() if isinstance(module, Piece)]
@@ -52,10 +69,12 @@ def test_every_neuron_layer_is_in_a_piece():
     assert inside == {id(lif) for lif in snn.lifs.values()}
 
 
-def test_a_stage_so_trained_is_the_stage_trained_without(tmp_path):
-    recipe, weights = small(2, whiten=True), []
+def test_a_stage_so_trained_is_the_stage_trained_without(tmp_path, monkeypatch):
+    recipe, weights, called = small(2, whiten=True), [], []
+    monkeypatch.setattr(ladder, "recomputing", lambda net: (called.append(net), recomputing(net))[1])
     for recompute in (False, True):
         last = replace(recipe.stages[1], recompute=recompute, weight_bits=8)
         run = train(replace(recipe, stages=(recipe.stages[0], last)), tmp_path / str(recompute))
         weights.append(run.net(1).state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert len(called) == 1

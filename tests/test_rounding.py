@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.small import small
-from unitstep import Stage, load, train
+from unitstep import Run, Stage, load, train
 from unitstep.data import load_test
 from unitstep.exporting import to_onnx
 from unitstep.rounding import rounded
@@ -45,6 +45,20 @@ def test_what_is_exported_is_the_trained_network(run, tmp_path):
     parity = to_onnx(load(run), tmp_path / "net.onnx", test.images, test.labels)
     assert parity.changed == 0
     assert parity.accuracy == parity.file_accuracy
+
+
+def test_hooks_that_would_stop_the_end_of_a_stage_stop_its_beginning(tmp_path, monkeypatch):
+    (tmp_path / "hooked_own.py").write_text(
+        "from torch import nn\ndef build():\n    conv = nn.Conv2d(1, 8, 3)\n"
+        "    conv.register_forward_hook(lambda *_: None)\n"
+        "    return nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(5408, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = small(1, net="hooked_own:build")
+    last = replace(recipe.stages[-1], weight_bits=8)
+    with pytest.raises(ValueError, match=r"Conv2d cnn.0 has forward hooks.*remove them"):
+        train(replace(recipe, stages=(recipe.stages[0], last)), tmp_path / "run")
+    assert [row["stage"] for row in Run(tmp_path / "run").log] == [0]
 
 
 def test_a_number_of_bits_that_cannot_be():

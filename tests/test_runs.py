@@ -1,6 +1,7 @@
 """The run folder: whole files, and nothing foreign or damaged is ever loaded."""
 
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -80,7 +81,7 @@ def test_a_damaged_recipe_is_named(tmp_path, content):
 def test_a_damaged_log_is_named(run):
     (run.path / "log.jsonl").write_text('{"stage": 0')
     with pytest.raises(ValueError, match=r"log\.jsonl is damaged"):
-        _ = run.log
+        train(run.recipe, run.path)
 
 
 def test_not_a_run_folder(tmp_path):
@@ -125,6 +126,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        usual = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, usual=usual: (calls.append(name), usual(*given))[1])
+    write_whole(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace", "fsync"]
 
 
 def test_provenance_is_recorded(run):

@@ -15,7 +15,7 @@ from unitstep.conversion import Spiking
 from unitstep.data import load_train
 from unitstep.ladder import calibration_images
 from unitstep.nets import build
-from unitstep.runs import build_snn
+from unitstep.runs import build_cnn, build_snn
 from unitstep.whitening import Whitened, plain_state, whiten_
 
 WHITE = replace(small(2, 1), whiten=True)
@@ -82,6 +82,7 @@ def test_the_ladder_stores_plain_networks_and_resumes(tmp_path):
     for stage, other in zip(run.stages, plain.stages, strict=True):
         ours, theirs = load_file(stage.path), load_file(other.path)
         assert {key: tensor.shape for key, tensor in ours.items()} == {key: t.shape for key, t in theirs.items()}
+    assert not torch.equal(run.net(0).get_parameter("conv1.weight"), plain.net(0).get_parameter("conv1.weight"))
     broken = tmp_path / "broken"
     for _ in range(100):
         stopped = train(WHITE, broken, time_limit=1e-9)  # one optimiser step at a time
@@ -89,6 +90,14 @@ def test_the_ladder_stores_plain_networks_and_resumes(tmp_path):
             break
     assert len(stopped.stages) == len(WHITE.stages)
     assert_same(run, stopped)
+
+
+def test_the_ladder_draws_a_fresh_networks_weights_in_white_coordinates(images, tmp_path):
+    step = replace(WHITE.stages[0], lr=1e-12, epochs=1e-9)  # one, of no size
+    run = train(replace(WHITE, stages=(step,)), tmp_path)
+    cnn = build_cnn(WHITE, 10)
+    whiten_(cnn, images, fresh=True)
+    torch.testing.assert_close(run.net(0).get_parameter("conv1.weight"), cnn.conv1.weight, rtol=0, atol=1e-4)
 
 
 def test_a_spiking_network_keeps_its_logits(images):

@@ -7,8 +7,9 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -450,21 +451,25 @@ def record(snn: Spiking) -> Iterator[dict[str, Activity]]:
     """
     seen: dict[str, Activity] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(lif: LIF, args: tuple[Any, ...], kwargs: dict[str, Any], spikes: Tensor) -> None:
-            current, steps = args
-            steps_of_current = 1 if kwargs.get("static") else steps
-            seen[name] = Activity(
-                current.detach().unflatten(0, (steps_of_current, -1)),
-                spikes.detach().unflatten(0, (steps, -1)) != 0,
-                lif.threshold.detach().clone(),
-            )
+    def note(name: str, lif: LIF, args: tuple[Any, ...], kwargs: dict[str, Any], spikes: Tensor) -> None:
+        current, steps = args
+        steps_of_current = 1 if kwargs.get("static") else steps
+        seen[name] = Activity(
+            current.detach().unflatten(0, (steps_of_current, -1)),
+            spikes.detach().unflatten(0, (steps, -1)) != 0,
+            lif.threshold.detach().clone(),
+        )
 
-        return hook
-
-    hooks = [lif.register_forward_hook(watch(name), with_kwargs=True) for name, lif in snn.lifs.items()]
-    try:
+    with watching(snn.lifs, note):
         yield seen
+
+
+@contextlib.contextmanager
+def watching(modules: Mapping[str, nn.Module], note: Callable[..., None]) -> Iterator[None]:
+    """Within this context note(name, module, args, kwargs, output) is called after each call of one of `modules`."""
+    hooks = [module.register_forward_hook(partial(note, name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield
     finally:
-        for handle in hooks:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()

@@ -149,7 +149,7 @@ def _train(arguments: list[str]) -> int:
         if any(option.split("=")[0] == "--out" for option in options):
             raise ValueError(
                 "train --from goes on in RUN itself: leave out --out; another ladder from its CNN is made by unitstep "
-                f"train RECIPE --out NEW --cnn {path}"
+                f"train RECIPE --out NEW --cnn {path}, or from your own by unitstep convert again"
             )
         name, shipped, options = f"--from {path}", Run(path).recipe, [*options, "--out", path]
     elif not name or name.startswith("-"):

@@ -19,14 +19,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from unitstep.fusing import BATCH_NORMS, CATS, CONVOLUTIONS, argument, fold_norm, fuse, has_hooks, kind_of, module_of
+from unitstep.fusing import (
+    BATCH_NORMS,
+    CATS,
+    CONVOLUTIONS,
+    argument,
+    fold_norm,
+    fuse,
+    has_hooks,
+    kind_of,
+    module_of,
+    refuse_hooks,
+)
 from unitstep.graphs import Graph
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF, Height, SharedDropout, check_steps, read_out, repeat
@@ -159,7 +170,9 @@ class Spiking(Graph):
 
     def fuse(self, images: Tensor, steps: int = 1) -> fx.GraphModule:
         """This network at `steps` timesteps as a plain module: convolutions and comparisons, images [B, C, H, W] →
-        logits [B, classes]. Of `images` only the shape matters. See `unitstep.fusing`."""
+        logits [B, classes]. Of `images` only the shape matters. See `unitstep.fusing`. ValueError if a module has
+        forward hooks."""
+        refuse_hooks(self)
         return fuse(self, images, steps)
 
 
@@ -427,9 +440,10 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
         if node in sizes:
             node.target = IN_PLACE.get(what, node.target)
         elif what in IN_PLACE or flagged:
-            memory = root(node.all_input_nodes[0])
-            family = [older for older in graph.nodes if order[older] < order[node] and root(older) is memory]
-            _redirect(node, place, what in VIEWS, order, family)
+            if what not in VIEWS:  # else dropout in evaluation, which changes nothing
+                memory = root(node.all_input_nodes[0])
+                family = [older for older in graph.nodes if order[older] < order[node] and root(older) is memory]
+                _redirect(node, place, order, family)
             node.target = node.target if module is not None else IN_PLACE.get(what, node.target)
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
             if flag is not None:
@@ -440,12 +454,18 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
         net.get_submodule(name).inplace = False  # type: ignore[assignment,unused-ignore]
 
 
-def _redirect(node: fx.Node, place: str, harmless: bool, order: dict[fx.Node, int], family: list[fx.Node]) -> None:
+def rule_of(node: fx.Node, module: nn.Module | None) -> str | None:
+    """What a kept operation makes of its input's values; None if it is in no table."""
+    if module is not None:  # also subclasses that torch makes, as for weight norm
+        return next((rule for kept, rule in KEPT_MODULES.items() if isinstance(module, kept)), None)
+    kept: dict[Any, str] = KEPT_METHODS if node.op == "call_method" else KEPT_FUNCTIONS
+    return kept.get(node.target)
+
+
+def _redirect(node: fx.Node, place: str, order: dict[fx.Node, int], family: list[fx.Node]) -> None:
     """Give the result of an in-place operation to all who read the changed tensor after it; `family` was made before it
     and shares that tensor's memory."""
     changed, now = node.all_input_nodes[0], order[node]
-    if harmless:  # dropout in evaluation
-        return
     for relative in family:
         late = [user for user in relative.users if order[user] > now]
         if late and relative is not changed:
@@ -490,17 +510,13 @@ def spiking(
     Raises ConversionError, a ValueError, which names all operations that do not convert, and ValueError for a network
     that cannot be traced or has several inputs.
     """
-    for name, value, known in (
-        ("norm", norm, ("none", "fold", "keep")),
-        ("readout", readout, ("sum", "mean")),
-        ("max_pool", max_pool, ("keep", "average")),
-    ):
-        if value not in known:
+    for name, value, kind in (("norm", norm, Norm), ("readout", readout, Readout), ("max_pool", max_pool, MaxPool)):
+        if value not in (known := get_args(kind)):
             raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
     if isinstance(cnn, Spiking):
         raise ValueError("the network is a spiking one already: calibrate_ finds new thresholds for it")
-    if (kind := type(cnn).__name__) in WRAPPERS:
-        raise ValueError(f"{kind} is a wrapper: give the network in it, network.{WRAPPERS[kind]}")
+    if (wrapper := type(cnn).__name__) in WRAPPERS:
+        raise ValueError(f"{wrapper} is a wrapper: give the network in it, network.{WRAPPERS[wrapper]}")
     if taken := [name for name, _ in cnn.named_children() if hasattr(Spiking, name)]:
         raise ValueError(f"the network has a module named {taken[0]}, which in spiking networks is another: rename it")
     if hasattr(cnn, "neurons"):
@@ -696,10 +712,7 @@ class _Conversion:
         self.axis[new], self.values[new] = self.axis[source], self.values[source]
 
     def _keep(self, node: fx.Node, module: nn.Module | None, inputs: list[fx.Node], timed: bool) -> None:
-        what = _what(node, module)
-        rule: str | None = KEPT_METHODS.get(what) if node.op == "call_method" else KEPT_FUNCTIONS.get(what)
-        if module is not None:  # also subclasses that torch makes, as for weight norm
-            rule = next((rule for kept, rule in KEPT_MODULES.items() if isinstance(module, kept)), None)
+        what, rule = _what(node, module), rule_of(node, module)
         types = {self.values[source] for source in inputs}
         kinds = ANALOG if ANALOG in types else "integer" if "integer" in types else "binary"
         arguments = (*node.args, *node.kwargs.values())
@@ -801,7 +814,9 @@ class _Conversion:
         index = node.args[1] if len(node.args) > 1 else None
         owner = self.axis.get(source)
         if node.target is getattr or node.op == "call_method":
-            if node.target in ("dim",) or index in ("ndim", "dtype", "device"):
+            if owner not in ("images", "time", "logits"):  # of weights
+                return
+            if node.target == "dim" or index in ("ndim", "dtype", "device"):
                 return
             if node.target == "size" and argument(node, "dim", 1) is not None:
                 if argument(node, "dim", 1) == 0:
@@ -826,7 +841,7 @@ class _Conversion:
         cannot be done."""
         for size in node.all_input_nodes:
             owner = self.batch.get(size) or self.shapes.get(size)
-            if owner is None or owner == axis or owner == "size":
+            if owner is None or owner == axis:
                 continue
             if axis == "time" and size in self.batch:
                 with self.graph.inserting_before(node):

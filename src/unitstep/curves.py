@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unitstep.calibration import calibrate_, unroll
 from unitstep.conversion import Spiking
-from unitstep.data import load_train
-from unitstep.ladder import calibration_images, choose_device, forward, ieee
+from unitstep.data import InMemory, load_train
+from unitstep.evaluation import accuracy, choose_device, ieee
+from unitstep.ladder import calibration_images
 from unitstep.neuron import compiled, compiler_available
 from unitstep.runs import Run, build_snn
 from unitstep.speed import time_one
@@ -62,7 +63,7 @@ def find_thresholds_(snn: Spiking, images: Tensor, strategy: str, steps: int) ->
     over = CALIBRATION_STEPS if rate else min(steps, CALIBRATION_STEPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return calibrate_(snn, images, steps=over if rate else steps, calibration_steps=over, **options)
+        return calibrate_(snn, images, steps=steps, calibration_steps=over, **options)
 
 
 @ieee()
@@ -141,25 +142,17 @@ def conversion_alone(
     split, val = load_train(source, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
     run.check_images(split.classes)
     calibration = calibration_images(r, split).to(where)
-    images = min(images, len(val))
-    parts = zip(*(each.split(BATCH) for each in next(val.batches(images, seed=0))), strict=True)
-    batches = [(x.to(where).contiguous(memory_format=torch.channels_last), y.to(where)) for x, y in parts]
-    count = sum(len(y) for _, y in batches)
-
-    @ieee()
-    @torch.no_grad()
-    def percent(net: nn.Module, steps: int | None) -> float:
-        return 100 * sum(int((forward(net, x, steps).argmax(1) == y).sum()) for x, y in batches) / count
-
-    accuracy, of_cnn = percent(last, steps), percent(run.net(0).to(where), None)
+    chosen = InMemory(*next(val.batches(min(images, len(val)), seed=0)), val.classes).to(where)
+    batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in chosen.batches(BATCH)]
+    wanted, of_cnn = accuracy(last, chosen, steps, where), accuracy(run.net(0).to(where), chosen, None, where)
     points, there = list[Point](), dict[int, tuple[Spiking, int]]()
     ways = [*itertools.product(STRATEGIES, INITIALS), (RATE, 0.0)]
     for number, (strategy, initial) in enumerate(ways):
         recipe = replace(r, initial=initial, thresholds="percentile", height="threshold", readout="mean")
         snn = build_snn(recipe, run.net(0)).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         with compiled(where.type == "cuda" and compiler_available(where)):
-            points += climb(snn, strategy, initial, calibration, batches, accuracy, seconds)
-        if points[-1].accuracy >= accuracy and strategy != RATE:  # its steps cannot be one call
+            points += climb(snn, strategy, initial, calibration, batches, wanted, seconds)
+        if points[-1].accuracy >= wanted and strategy != RATE:  # its steps cannot be one call
             there[len(points) - 1] = snn, points[-1].steps
         if progress:
             progress("conversion alone", number + 1, len(ways))
@@ -171,6 +164,6 @@ def conversion_alone(
         for index, median in zip(there, taken, strict=True):
             points[index] = replace(points[index], latency=median)
     return {
-        "steps": steps, "images": count, "accuracy": accuracy, "cnn_accuracy": of_cnn, "latency": latency,
+        "steps": steps, "images": len(chosen), "accuracy": wanted, "cnn_accuracy": of_cnn, "latency": latency,
         "seconds": seconds, "rows": [vars(point) for point in points],
     }  # fmt: skip

@@ -7,6 +7,7 @@ one is decoded on the way by worker processes (`Streamed`). Batches are a pure f
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -314,23 +315,16 @@ class Streamed(Split):
         *,
         workers: int,
         skipped: tuple[str, ...] = (),
-        device: torch.device | str = "cpu",
     ) -> None:
         self.labels, self.classes, self.skipped = labels, classes, skipped
         self.shape = (reader.channels, reader.size, reader.size)
         self.short = reader.short
-        self._reader, self._rows, self._workers, self._device = reader, rows, workers, torch.device(device)
+        self._reader, self._rows, self._workers, self._device = reader, rows, workers, torch.device("cpu")
 
     def to(self, device: torch.device | str) -> Streamed:
-        return Streamed(
-            self._reader,
-            self._rows,
-            self.labels,
-            self.classes,
-            workers=self._workers,
-            skipped=self.skipped,
-            device=device,
-        )
+        moved = copy.copy(self)
+        moved._device = torch.device(device)
+        return moved
 
     def _read(
         self, batches: Sequence[Tensor], seed: int | None, start: int, changes: _Changes

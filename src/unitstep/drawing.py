@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from unitstep.calibration import Activity, sampled
+from unitstep.fusing import per_channel
 
 
 def draw_currents(layers: Mapping[str, Activity], path: str | Path) -> None:
@@ -34,6 +35,5 @@ def draw_currents(layers: Mapping[str, Activity], path: str | Path) -> None:
 
 
 def _in_thresholds(layer: Activity) -> Tensor:
-    V = layer.threshold
-    current = layer.current.float() / (V.view(1, 1, -1, *[1] * (layer.current.dim() - 3)) if V.dim() else V)
+    current = layer.current.float() / per_channel(layer.threshold, layer.current.dim() - 1)  # [T, B, C, …]
     return sampled(current.flatten()).cpu()

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from unitstep.calibration import Activity, record
+from unitstep.calibration import Activity, record, watching
 from unitstep.conversion import Spiking
 from unitstep.data import Split
 from unitstep.files import write_whole
@@ -255,17 +255,9 @@ def _rounded_spikes(rounded: fx.GraphModule, images: Tensor) -> tuple[Tensor, di
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     whole = {user.name for node in rounded.graph.nodes if "integer" in node.meta for user in node.users}
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(fire: Fire, inputs: tuple[Tensor], out: Tensor) -> None:
-            spikes, V = out != 0, per_channel(fire.threshold, out.dim())
-            seen[name] = spikes[None], (torch.zeros_like(spikes) if name in whole else _undecided(inputs[0], V))[None]
+    def note(name: str, fire: Fire, inputs: tuple[Tensor], _: Any, out: Tensor) -> None:
+        spikes, V = out != 0, per_channel(fire.threshold, out.dim())
+        seen[name] = spikes[None], (torch.zeros_like(spikes) if name in whole else _undecided(inputs[0], V))[None]
 
-        return hook
-
-    layers = [(name, module) for name, module in rounded.named_modules() if isinstance(module, Fire)]
-    hooks = [module.register_forward_hook(note(name)) for name, module in layers]
-    try:
+    with watching({name: module for name, module in rounded.named_modules() if isinstance(module, Fire)}, note):
         return rounded(images), seen
-    finally:
-        for hook in hooks:
-            hook.remove()

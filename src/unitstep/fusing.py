@@ -10,7 +10,7 @@ which is one comparison. Its height h multiplies every weight that the spikes me
 
 import copy
 import operator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -77,21 +77,16 @@ def per_channel(values: Tensor, dimensions: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- fuse
 
 
-def fuse(
-    snn: fx.GraphModule, images: Tensor, steps: int = 1, *, hooks: Literal["refuse", "leave out"] = "refuse"
-) -> fx.GraphModule:
+def fuse(snn: fx.GraphModule, images: Tensor, steps: int = 1) -> fx.GraphModule:
     """The spiking network `snn` at `steps` timesteps as a plain module, in evaluation: images [B, C, H, W] → logits
     [B, classes].
 
     images: of which only the shape matters.  A copy, with nothing to train, whose modules have the names of the traced
     graph's operations: convolutions and linear layers, with a bias where a batch norm was, a `Fire` for each neuron
     layer, and what else the network has. Equal to `snn(images, steps)` but for rounding: where a membrane is at its
-    threshold to 1e-6 or so, a spike can differ. ValueError if steps < 1, or if a module has forward hooks, unless
-    those are to be left out.
+    threshold to 1e-6 or so, a spike can differ. Forward hooks are left out. ValueError if steps < 1.
     """
     check_steps(steps)
-    if hooks == "refuse":
-        refuse_hooks(snn)
     net = _at_fixed_steps(snn, steps).eval()
     ShapeProp(net).propagate(images[:1].to(next(net.buffers()).device))
     for node in list(net.graph.nodes):
@@ -328,7 +323,8 @@ def values(node: fx.Node) -> list[fx.Node]:
 
 def parts(concatenation: fx.Node) -> list[fx.Node]:
     """What a concatenation puts next to each other. A value may be there twice; `all_input_nodes` has it once."""
-    return list(argument(concatenation, "tensors", 0))
+    given = argument(concatenation, "tensors", 0)
+    return [given] if isinstance(given, fx.Node) else list(given)  # one node: of what gives several tensors
 
 
 def joined_along(concatenation: fx.Node) -> Any:

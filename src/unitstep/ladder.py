@@ -25,11 +25,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unitstep.calibration import calibrate_, record, to_spiking
+from unitstep.calibration import calibrate_, record, to_spiking, watching
 from unitstep.conversion import Spiking
 from unitstep.data import Split, load_train, mix
+from unitstep.evaluation import accuracy, choose_device, forward, ieee
 from unitstep.files import remove_unfinished, write_json
-from unitstep.fusing import per_channel
+from unitstep.fusing import per_channel, refuse_hooks
 from unitstep.neuron import LIF, clamp_, compiled, compiler_available
 from unitstep.quantizing import centre_thresholds_
 from unitstep.recipes import Recipe, Stage
@@ -95,25 +96,6 @@ def _sigint() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, usual)
 
 
-@contextlib.contextmanager
-def ieee() -> Iterator[None]:
-    """Let convolutions in fp32 be in fp32 on a GPU, too, in place of TF32, whose 10 bits make other spikes than the
-    exported network has."""
-    cudnn: Any = torch.backends.cudnn
-    before = None
-    conv, rnn = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-    with contextlib.suppress(RuntimeError):  # the older name of both, which is not to be read if they differ
-        before = cudnn.allow_tf32
-        cudnn.allow_tf32 = False
-    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if before is not None:
-            cudnn.allow_tf32 = before
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
-
-
 def train(
     recipe: Recipe,
     out: str | Path,
@@ -165,6 +147,7 @@ def train(
         elif cnn is not None:
             _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), val_split, where)
         run.check_images(train_split.classes, len(train_split))
+        _ = run.log  # a damaged one is refused before an epoch is trained for it
 
         def stop() -> bool:
             return interrupted.is_set() or time.monotonic() > limit
@@ -358,6 +341,8 @@ class _Fit:
             given = () if self.stage.steps is None else (self.stage.steps,)
             whiten_(self.net, images, *given, fresh=index == 0 and ":" not in run.recipe.net)
         if self.stage.weight_bits is not None:
+            if self.stage.steps == 1 and isinstance(self.net, Spiking):
+                refuse_hooks(self.net)  # as the end of the stage would
             round_weights_(self.net, self.stage.weight_bits)
         self.trained = recomputing(self.net) if self.stage.recompute and isinstance(self.net, Spiking) else self.net
         self.teacher = self._teacher() if self.stage.distillation else None
@@ -525,14 +510,12 @@ class _Fit:
             "step": self.step,
             "loss": round(loss, 5),
             "val_accuracy": val,
-        }
-        row |= {
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "seconds": round(self.seconds + validated - clock, 1),
+            "images_per_second": round(images / (trained - self.since[1]), 1),  # without validation
+            "val_seconds": round(validated - trained, 3),
+            "memory": _peak_memory(self.device),  # of the stage so far
         }
-        row |= {"images_per_second": round(images / (trained - self.since[1]), 1)}  # without validation
-        # memory: of the stage so far
-        row |= {"val_seconds": round(validated - trained, 3), "memory": _peak_memory(self.device)}
         if isinstance(self.net, Spiking):
             row["thresholds"] = [round(lif.threshold.mean().item(), 5) for lif in self.net.lifs.values()]
             row["leaks"] = [round(lif.leak.item(), 5) for lif in self.net.lifs.values()]
@@ -607,48 +590,18 @@ def counted(net: nn.Module, enabled: bool) -> Iterator[list[Tensor]]:
     surrogate gradients."""
     spikes: list[Tensor] = []
 
-    def note(lif: nn.Module, _: Any, out: Tensor) -> None:
-        assert isinstance(lif, LIF)
+    def note(_name: str, lif: LIF, _args: Any, _kwargs: Any, out: Tensor) -> None:
         V = per_channel(lif.threshold, out.dim())
         spikes.append(out / V if lif.height == "threshold" else out)
 
-    lifs = [module for module in net.modules() if isinstance(module, LIF)] if enabled else []
-    hooks = [lif.register_forward_hook(note) for lif in lifs]
-    try:
+    with watching(net.lifs if enabled and isinstance(net, Spiking) else {}, note):
         yield spikes
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def spikes_per_neuron(spikes: list[Tensor], images: int) -> Tensor:
     """Σ spikes / (neurons · images), over all layers and timesteps; of what `counted` gave for so many images."""
     neurons = sum(layer[0].numel() for layer in spikes)
     return torch.stack([layer.sum(dtype=torch.float32) for layer in spikes]).sum() / (neurons * images)
-
-
-def forward(net: nn.Module, images: Tensor, steps: int | None) -> Tensor:
-    """images [B, C, H, W] → logits [B, classes], at `steps` timesteps or, with None, as a CNN."""
-    images = images.contiguous(memory_format=torch.channels_last)
-    logits: Tensor = net(images) if steps is None else net(images, steps)
-    return logits
-
-
-def batch_size(steps: int | None, device: torch.device) -> int:
-    """Images in a batch of evaluation: on a processor so few that a layer's values stay near it."""
-    return max(1, (512 if device.type == "cuda" else 128) // (steps or 1))
-
-
-@ieee()
-@torch.no_grad()
-def accuracy(net: nn.Module, split: Split, steps: int | None, device: torch.device) -> float:
-    """Percent of the images of `split` whose class has the largest logit, in fp32; steps=None calls the net as a
-    CNN."""
-    net.eval()
-    right = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in split.batches(batch_size(steps, device)):
-        right += (forward(net, images.to(device), steps).argmax(1) == labels.to(device)).sum()
-    return 100 * right.item() / len(split)
 
 
 def learning_rate(stage: Stage, step: int, total: int) -> float:
@@ -698,17 +651,10 @@ def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch
         return False
     if choice == "on":
         return True
-    sizes: list[int] = []
-    hooks = [
-        lif.register_forward_hook(lambda _m, _i, spikes: sizes.append(spikes.numel())) for lif in net.lifs.values()
-    ]
-    try:
-        with torch.no_grad():
-            net.eval()(torch.zeros(1, *train.shape, dtype=torch.uint8, device=device), 1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    pays = sum(sizes) * stage.steps * stage.epochs * len(train) > COMPILE_FROM
+    with torch.no_grad(), record(net) as seen:
+        net.eval()(torch.zeros(1, *train.shape, dtype=torch.uint8, device=device), 1)
+    neurons = sum(layer.spikes.numel() for layer in seen.values())
+    pays = neurons * stage.steps * stage.epochs * len(train) > COMPILE_FROM
     if pays and not compiler_available(device):
         warnings.warn(
             "there is no C++ compiler here (g++), or no Triton for the GPU: neurons are not fused by torch.compile, "
@@ -729,20 +675,6 @@ def _seed(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that auto, cpu or cuda means here. ValueError if it is none of them or is absent."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, not {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "no CUDA device is available here (torch.cuda.is_available() is false): use --device cpu, or install a "
-            "CUDA build of torch"
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _precision(name: str, device: torch.device) -> bool:
@@ -786,7 +718,12 @@ print(min(fp32 for fp32, _ in pairs) / min(bf16 for _, bf16 in pairs))
 
 
 def _bf16_speed() -> float | None:
-    """How many times faster than in fp32 a convolution, forward and backward, is in bf16; None if bf16 crashes. Tried
-    in another process, since an illegal instruction would end this one; -P: without modules of the current folder."""
+    """How many times faster than in fp32 a convolution, forward and backward, is in bf16; None if bf16 crashes, 0 if it
+    cannot be tried. In another process, since an illegal instruction would end this one; -P: without modules of the
+    current folder."""
     tried = subprocess.run([sys.executable, "-P", "-c", _TRIAL], capture_output=True, text=True)
+    if tried.returncode > 0:
+        reason = (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
+        warnings.warn(f"whether bf16 is faster here could not be tried ({reason})", stacklevel=2)
+        return 0.0
     return float(tried.stdout) if tried.returncode == 0 else None

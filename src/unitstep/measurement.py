@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from unitstep.calibration import ROWS, Activity, record
+from unitstep.calibration import ROWS, Activity, record, watching
 from unitstep.conversion import Spiking, trace
 from unitstep.curves import conversion_alone
 from unitstep.data import Split, load_test
+from unitstep.evaluation import batch_size, choose_device, forward, ieee
 from unitstep.files import read_json, write_json
 from unitstep.fusing import fuse, per_channel
-from unitstep.ladder import batch_size, choose_device, forward, ieee
 from unitstep.neuron import LIF, compiled, compiler_available, membranes
 from unitstep.operations import Input, Operation, of_rows, operations
 from unitstep.runs import SCHEMA, Finished, Run, provenance
@@ -123,8 +123,8 @@ def measure(
     first = next(batches, None)
     if first is None or not len(first[0]):
         raise ValueError("there are no images to measure on")
-    snn, found = net, _operations(net, first[0][:1].to(where), steps)
-    lifs = net.lifs if isinstance(net, Spiking) and steps is not None else {}
+    snn, found = net, _operations(net, first[0][:1].to(where))
+    lifs = net.lifs if isinstance(net, Spiking) else {}
     counted: dict[str, nn.Module] = dict(lifs)
     pools = {name for operation in found for name in operation.fan_out} - lifs.keys()
     if pools:
@@ -132,40 +132,33 @@ def measure(
         counted |= taps
     spikes: dict[str, Tensor] = {}  # of each neuron, and at each max pool's outputs, over all images and steps
 
-    def count(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _inputs: Any, out: Tensor) -> None:
-            k = _rows_per_image(name, out, at_once * (steps or 1))
-            fired = of_rows(torch.stack([_times_fired(out[row::k], module) for row in range(k)]))
-            spikes[name] = spikes[name] + fired if name in spikes else fired
-
-        return hook
+    def count(name: str, module: nn.Module, _args: Any, _kwargs: Any, out: Tensor) -> None:
+        k = _rows_per_image(name, out, at_once * (steps or 1))
+        fired = of_rows(torch.stack([_times_fired(out[row::k], module) for row in range(k)]))
+        spikes[name] = spikes[name] + fired if name in spikes else fired
 
     at_once = 0
-    hooks = [module.register_forward_hook(count(name)) for name, module in counted.items()]
     right, images_seen, confusion, started = 0, 0, torch.zeros(0), time.perf_counter()
-    try:
-        with torch.no_grad(), compiled(where.type == "cuda" and compiler_available(where)):
-            for images, labels in itertools.chain([first], batches):
-                at_once = len(images)
-                logits = forward(net, images.to(where), steps)
-                if not isinstance(logits, Tensor) or logits.dim() != 2:
-                    shape = f"of shape {list(logits.shape)}" if isinstance(logits, Tensor) else "more than a tensor"
-                    raise ValueError(f"the network's output is {shape}, not logits [B, classes]: give it such a head")
-                said, labels = logits.argmax(1), labels.to(where).long()
-                right += int((said == labels).sum())
-                images_seen += len(labels)
-                if (classes := logits.shape[1]) <= CONFUSED:
-                    known = labels < classes
-                    pairs = (labels * classes + said)[known].bincount(minlength=classes**2).view(classes, classes)
-                    confusion = confusion + pairs if len(confusion) else pairs
-                if progress:
-                    progress(images_seen)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    compiling = compiled(where.type == "cuda" and compiler_available(where))
+    with torch.no_grad(), compiling, watching(counted, count):
+        for images, labels in itertools.chain([first], batches):
+            at_once = len(images)
+            logits = forward(net, images.to(where), steps)
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                shape = f"of shape {list(logits.shape)}" if isinstance(logits, Tensor) else "more than a tensor"
+                raise ValueError(f"the network's output is {shape}, not logits [B, classes]: give it such a head")
+            said, labels = logits.argmax(1), labels.to(where).long()
+            right += int((said == labels).sum())
+            images_seen += len(labels)
+            if (classes := logits.shape[1]) <= CONFUSED:
+                known = labels < classes
+                pairs = (labels * classes + said)[known].bincount(minlength=classes**2).view(classes, classes)
+                confusion = confusion + pairs if len(confusion) else pairs
+            if progress:
+                progress(images_seen)
     seconds = time.perf_counter() - started
     layers: tuple[LayerMeasurement, ...] = ()
-    if isinstance(snn, Spiking) and steps is not None:
+    if isinstance(snn, Spiking):
         with torch.no_grad(), record(snn) as seen:
             forward(snn, first[0][:HEALTH_IMAGES].to(where), steps)
         layers = tuple(_layer(name, lif, spikes[name], seen[name], images_seen) for name, lif in lifs.items())
@@ -177,12 +170,12 @@ def measure(
     )  # fmt: skip
 
 
-def _operations(net: nn.Module, image: Tensor, steps: int | None) -> tuple[Operation, ...]:
+def _operations(net: nn.Module, image: Tensor) -> tuple[Operation, ...]:
     """Empty for a CNN that cannot be traced: its accuracy can be measured all the same."""
     if isinstance(net, Spiking):
-        return operations(fuse(net, image, hooks="leave out"), image)
+        return operations(fuse(net, image), image)
     try:
-        return operations(trace(net), image) if steps is None else ()
+        return operations(trace(net), image)
     except ValueError:
         return ()
 
@@ -201,7 +194,7 @@ def _times_fired(out: Tensor, module: nn.Module) -> Tensor:
     out = out.permute(0, 2, 3, 1) if last else out
     if isinstance(module, LIF):
         height = module.threshold.detach() if module.height == "threshold" else torch.ones_like(module.threshold)
-        height = height if height.dim() == 0 or last else height.view(-1, *[1] * (out.dim() - 2))
+        height = height if last else per_channel(height, out.dim())
         fired = (out.sum(0) / height).round().long()
     else:
         fired = (out != 0).sum(0)
@@ -317,6 +310,11 @@ def measure_run(
         "stages": rows,
         "speed": [],
     }
+    before = run.measurement or {}
+    if [row["seconds"] for row in before.get("stages", ())] == [row["seconds"] for row in rows] and all(
+        before.get(key) == result[key] for key in ("versions", "machine", "commit", "device")
+    ):  # what took longer stays, if it was found under the same conditions
+        result |= {key: before[key] for key in ("speed", "conversion_alone") if key in before}
     if finished[-1].index > 0:
         _write_samples(run, finished[-1], test)
     write_json(run.path / "measure.json", result)  # whatever happens to the rest

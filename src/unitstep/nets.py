@@ -16,20 +16,15 @@ from torch import Tensor, nn
 
 Plan = Sequence[int | Literal["P"]]  # output channels of each 3×3 convolution; "P" halves the image
 
+_VGG16: Plan = (64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512)
 PLANS: dict[str, tuple[Plan, tuple[int, ...]]] = {  # convolutions, widths of the hidden linear layers
     "vgg-mini": ((16, "P", 32, 32, "P", 64, "P"), ()),
     "vgg-small": ((32, "P", 64, 64, "P", 128, 128, "P", 256, 256, "P"), ()),
     "vgg-quick": ((64, "P", 128, 128, "P", 256, 256, 256, "P", 256, "P"), ()),
     "vgg6": ((64, "P", 128, 128, "P"), (4096, 4096)),
-    "vgg16-conv": (
-        (64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512, "P"),
-        (),
-    ),
-    "vgg16": ((64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512), (4096, 4096)),
-    "vgg16-imagenet": (
-        (64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512, "P"),
-        (4096, 4096),
-    ),
+    "vgg16-conv": ((*_VGG16, "P"), ()),
+    "vgg16": (_VGG16, (4096, 4096)),
+    "vgg16-imagenet": ((*_VGG16, "P"), (4096, 4096)),
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from unitstep.conversion import ADDITIONS, COUNTS, KEPT_FUNCTIONS, KEPT_METHODS, KEPT_MODULES, MAX_POOLS, SCALINGS
+from unitstep.conversion import ADDITIONS, COUNTS, MAX_POOLS, SCALINGS, rule_of
 from unitstep.fusing import CONVOLUTIONS, Fire, Scale, argument, kind_of, module_of, values
 
 Input = Literal["analog", "binary", "integer"]
@@ -120,15 +120,10 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
                 number = entering[0].number
             else:
                 number = self._again(node)
-                if self._counts(node, module):
+                if rule_of(node, module) == COUNTS:
                     number, kind = _gathered(node, module, entering[0].number, number), "integer"
-        self.spikes[node] = _Spikes(number, kind, _joined(entering), neurons)
-
-    def _counts(self, node: fx.Node, module: nn.Module | None) -> bool:
-        if module is not None:
-            return KEPT_MODULES.get(type(module)) == COUNTS
-        kept: dict[Any, str] = KEPT_METHODS if node.op == "call_method" else KEPT_FUNCTIONS
-        return kept.get(node.target) == COUNTS
+        sources = {name: each.sources[name] for each in entering for name in each.sources}
+        self.spikes[node] = _Spikes(number, kind, sources, neurons)
 
     def _again(self, node: fx.Node) -> Any:
         """The operation on numbers of spikes in the place of its values."""
@@ -177,10 +172,6 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
 def of_rows(each: Tensor) -> Tensor:
     """What is known of each neuron, [k, C, …], of the k rows that an image has, mostly one → [C, …], or [C, …, k]."""
     return each[0] if len(each) == 1 else each.movedim(0, -1)
-
-
-def _joined(entering: list[_Spikes]) -> dict[str, Tensor]:
-    return {name: number for each in entering for name, number in each.sources.items()}
 
 
 def _gathered(node: fx.Node, module: nn.Module | None, number: Tensor, mean: Any) -> Tensor:

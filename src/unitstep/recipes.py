@@ -8,6 +8,7 @@ for less hardware.
 
 import dataclasses
 import difflib
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -26,8 +27,8 @@ class Stage:
     steps: int | None
     """Number of timesteps T; None trains the CNN itself."""
     epochs: float
-    """Passes over the training images; fractions are allowed, at least one optimiser step is made. 0, for the CNN
-    alone: its weights are given."""
+    """Passes over the training images; fractions are allowed, at least one optimiser step is made. 0: the CNN's
+    weights are given; another stage is left out of the ladder."""
     lr: float
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
@@ -66,9 +67,10 @@ class Stage:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"a stage needs steps of 1 or more (or None for the CNN), not {self.steps}")
-        for field in ("epochs", "lr", "vector_lr", "batch", "accumulate", "factor"):
-            given = field == "epochs" and self.steps is None and self.epochs == 0
-            if not 0 < getattr(self, field) < math.inf and not given:
+        if not 0 <= self.epochs < math.inf:
+            raise ValueError(f"a stage's epochs must be 0 or more, and finite, not {self.epochs}")
+        for field in ("lr", "vector_lr", "batch", "accumulate", "factor"):
+            if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"a stage's {field} must be greater than 0, and finite, not {getattr(self, field)}")
         if self.batch % self.accumulate:
             raise ValueError(
@@ -173,6 +175,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages or self.stages[0].steps is not None or any(stage.steps is None for stage in self.stages[1:]):
             raise ValueError("the first stage of a recipe, and no other, is the CNN (steps None)")
+        rungs = tuple(stage for stage in self.stages[1:] if stage.epochs)
+        object.__setattr__(self, "stages", (self.stages[0], *rungs))
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ValueError("two stages have the same number of steps; every rung of the ladder needs its own")
         if self.heights_per_channel and any(stage.weight_bits for stage in self.stages):
@@ -182,6 +186,11 @@ class Recipe:
             )
         if self.size < 1 or self.channels not in (1, 3):
             raise ValueError(f"size must be at least 1 pixel and channels 1 or 3, not {self.size} and {self.channels}")
+        if len(self.pixel_zero) not in (1, self.channels) or len(self.pixel_scale) not in (1, self.channels):
+            raise ValueError(
+                f"pixel_zero and pixel_scale need one value, or one for each channel ({self.channels}), not "
+                f"{len(self.pixel_zero)} and {len(self.pixel_scale)}"
+            )
         if self.padding < 0 or self.cutout < 0:
             raise ValueError(f"padding and cutout must be 0 or more pixels, not {self.padding} and {self.cutout}")
         if self.cutout and self.augment in ("none", "resized-crop-flip"):
@@ -208,7 +217,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, ready for JSON."""
-        return _plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
@@ -234,12 +243,6 @@ def recipe(name: str, **changes: Any) -> Recipe:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(RECIPES)}"
         raise ValueError(f"no recipe named {name!r}; {hint}")
     return replace(RECIPES[name], **changes)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 
 Array = np.ndarray[Any, Any]
 Run = Callable[[Array], list[Array]]
@@ -45,6 +44,8 @@ def open_model(source: str | Path | bytes, runtime: Runtime = "onnxruntime", *, 
         raise ValueError(f"runtime must be onnxruntime or openvino, not {runtime!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be 1 or more, not {threads}")
+    import onnx  # not for everyone who imports this module
+
     name = "the model" if isinstance(source, bytes) else str(source)
     try:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()

@@ -7,6 +7,7 @@ loaded and never deleted.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -202,18 +203,14 @@ def build_snn(recipe: Recipe, cnn: nn.Module) -> Spiking:
 def structure(recipe: Recipe, cnn: nn.Module) -> dict[str, Any]:
     """What `spiking` needs to know of the recipe."""
     names = ("height", "initial", "readout", "norm", "max_pool", "approximate")
-    return {name: getattr(recipe, name) for name in names} | {"leaf_modules": leaf_modules(recipe, cnn)}
+    modules = dict(cnn.named_modules())  # a user's own network is `cnn` in what `build_cnn` made
+    leaves = tuple(f"cnn.{leaf}" if f"cnn.{leaf}" in modules else leaf for leaf in recipe.leaf_modules)
+    return {name: getattr(recipe, name) for name in names} | {"leaf_modules": leaves}
 
 
 def finding(recipe: Recipe) -> dict[str, Any]:
     """What `calibrate_` needs to know of the recipe, but for the steps."""
     return {name: getattr(recipe, name) for name in ("thresholds", "percentile", "scale", "calibration_steps")}
-
-
-def leaf_modules(recipe: Recipe, cnn: nn.Module) -> tuple[str, ...]:
-    """The recipe's leaf modules by their names in what `build_cnn` made, where a user's own network is `cnn`."""
-    names = dict(cnn.named_modules())
-    return tuple(f"cnn.{leaf}" if f"cnn.{leaf}" in names else leaf for leaf in recipe.leaf_modules)
 
 
 def rebuild(recipe: Recipe, classes: int, tensors: dict[str, Tensor], *, spikes: bool) -> nn.Module:
@@ -289,13 +286,7 @@ def load(run: Run | str | Path, steps: int = 1) -> Spiking:
 
 @contextlib.contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Hold the run folder against a second process. ValueError if one is at work in it. (No-op where the system has no
-    flock.)"""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
+    """Hold the run folder against a second process. ValueError if one is at work in it."""
     handle = os.open(run.path, os.O_RDONLY)
     try:
         try:

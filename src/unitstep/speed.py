@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from unitstep.conversion import Spiking
+from unitstep.evaluation import choose_device, forward
 from unitstep.exporting import onnx_of, to_onnx
-from unitstep.ladder import choose_device, forward
 from unitstep.running import KEY, Runtime, first_line, open_model
 from unitstep.runs import Run
 from unitstep.timing import peak_memory, race
