@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept
         "thresholds": "channel-percentile", "percentile": 99.0, "initial": 0.5,
     },
     "distillation 0.5": {"distillation": 0.5},
-    **{f"spike penalty {weight:g}": {"spike_penalty": weight} for weight in (0.003, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)},
+    **{f"spike penalty {weight:g}": {"spike_penalty": weight} for weight in (0.002, 0.003, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)},
 }  # fmt: skip
 
 
