@@ -10,7 +10,6 @@ from tests.small import small
 from tests.test_data import write_images
 from unitstep import Run, measure, measure_run, measurement, to_onnx, to_spiking
 from unitstep.conversion import spiking
-from unitstep.files import write_json
 from unitstep.measurement import wilson
 from unitstep.runs import open_run
 
@@ -35,16 +34,6 @@ def test_rates_dead_and_saturated_neurons_of_a_net_counted_by_hand():
     assert found.confusion == ((2, 0), (1, 0))
     assert found.accuracy == pytest.approx(200 / 3)
     assert found.images == 3
-
-
-def test_measuring_again_keeps_what_it_does_not_do_again(unbroken, tmp_path):
-    run = Run(shutil.copytree(unbroken.path, tmp_path / "run"))
-    found = measure_run(run)
-    slow = {"speed": [{"runtime": "slow"}], "conversion_alone": {"rows": []}}
-    write_json(run.path / "measure.json", {**found, **slow})
-    assert {key: measure_run(run)[key] for key in slow} == slow
-    write_json(run.path / "measure.json", {**found, **slow, "machine": {"cpu": "another"}})
-    assert measure_run(run).keys() == found.keys()
 
 
 def test_wilson_interval():

@@ -80,6 +80,7 @@ def test_a_damaged_recipe_is_named(tmp_path, content):
 
 def test_a_damaged_log_is_named(run):
     (run.path / "log.jsonl").write_text('{"stage": 0')
+    run.stage_path(2).unlink()
     with pytest.raises(ValueError, match=r"log\.jsonl is damaged"):
         train(run.recipe, run.path)
 

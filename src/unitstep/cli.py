@@ -450,9 +450,8 @@ def _export(arguments: list[str]) -> int:
         for name, why in parity.in_float.items():
             sys.stdout.write(f"{name} stays in floating point: {why}\n")
         if (lost := (parity.accuracy or 0) - (parity.file_accuracy or 0)) > 0.3:
-            option = f"--stages.{len(r.stages) - 1}.weight_bits 8"
-            if r.heights_per_channel:
-                option += " --thresholds percentile"
+            option = "--thresholds percentile " if r.heights_per_channel else ""
+            option += "--stages.N.weight_bits 8, N being its last stage"
             _say(
                 f"8-bit weights cost {lost:.2f} points here: take --form float, or train a new run with them: the same "
                 f"command as for {run}, another --out, and {option}"

@@ -147,7 +147,6 @@ def train(
         elif cnn is not None:
             _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), val_split, where)
         run.check_images(train_split.classes, len(train_split))
-        _ = run.log  # a damaged one is refused before an epoch is trained for it
 
         def stop() -> bool:
             return interrupted.is_set() or time.monotonic() > limit
@@ -325,6 +324,7 @@ class _Fit:
         replay: bool,
     ) -> None:
         self.run, self.index, self.stage, self.progress = run, index, run.recipe.stages[index], progress
+        _ = run.log  # a damaged one is refused before an epoch is trained for it
         self.train, self.val, self.device, self.amp = train, val, device, amp
         self.per_epoch = train.steps(self.stage.batch)
         self.total = max(1, round(self.stage.epochs * self.per_epoch))
@@ -487,7 +487,7 @@ class _Fit:
             raise FloatingPointError(
                 f"{'the loss is' if any(bad) else 'weights are'} not finite in stage {self.stage.name} at step {step} "
                 f"of {self.total}; the files in {self.run.path} are from before it. In a new folder, a lower learning "
-                f"rate helps most often (--stages.{self.index}.lr, now {self.stage.lr})"
+                f"rate of this stage helps most often (--stages.N.lr, now {self.stage.lr})"
             )
 
     def _end_epoch(self, epoch: int, clock: float) -> None:

@@ -310,11 +310,6 @@ def measure_run(
         "stages": rows,
         "speed": [],
     }
-    before = run.measurement or {}
-    if [row["seconds"] for row in before.get("stages", ())] == [row["seconds"] for row in rows] and all(
-        before.get(key) == result[key] for key in ("versions", "machine", "commit", "device")
-    ):  # what took longer stays, if it was found under the same conditions
-        result |= {key: before[key] for key in ("speed", "conversion_alone") if key in before}
     if finished[-1].index > 0:
         _write_samples(run, finished[-1], test)
     write_json(run.path / "measure.json", result)  # whatever happens to the rest

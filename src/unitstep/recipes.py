@@ -186,11 +186,6 @@ class Recipe:
             )
         if self.size < 1 or self.channels not in (1, 3):
             raise ValueError(f"size must be at least 1 pixel and channels 1 or 3, not {self.size} and {self.channels}")
-        if len(self.pixel_zero) not in (1, self.channels) or len(self.pixel_scale) not in (1, self.channels):
-            raise ValueError(
-                f"pixel_zero and pixel_scale need one value, or one for each channel ({self.channels}), not "
-                f"{len(self.pixel_zero)} and {len(self.pixel_scale)}"
-            )
         if self.padding < 0 or self.cutout < 0:
             raise ValueError(f"padding and cutout must be 0 or more pixels, not {self.padding} and {self.cutout}")
         if self.cutout and self.augment in ("none", "resized-crop-flip"):
