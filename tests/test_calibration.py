@@ -112,6 +112,13 @@ def test_wrong_options(options, message):
         plainly(plain(), IMAGES, **options)
 
 
+def test_what_is_no_network_or_no_tensor_is_refused():
+    with pytest.raises(ValueError, match=r"the network is a type: give a module, Net\(\) and not its class"):
+        to_spiking(nn.ReLU, IMAGES)
+    with pytest.raises(ValueError, match=r"images is a list: give one tensor"):
+        to_spiking(plain(), [IMAGES])
+
+
 def test_no_images_are_refused():
     with pytest.raises(ValueError, match="at least one image"):
         plainly(plain(), IMAGES[:0])

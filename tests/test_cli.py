@@ -43,6 +43,8 @@ def test_train_measure_and_the_errors_between(tmp_path, capsys):
     assert "t1: validation" in printed.out
     assert f"unitstep measure {out}" in printed.err
     assert main(["measure", out, "--no-speed"]) == 0  # timing is in test_speed.py
+    assert main(["report", out, "--out", str(tmp_path / "report.md")]) == 0
+    assert (tmp_path / "report.md").read_text().startswith("# ")
     table = capsys.readouterr().out
     lines, steps = [line.split("  ")[0].rstrip() for line in table.splitlines()], [f"T = {T}" for T in (5, 4, 3, 2, 1)]
     assert lines[:8] == ["Stages", "stage", "CNN", *steps]

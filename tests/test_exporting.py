@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from torch import nn
+from torch.nn import functional as F
 
 from tests.architectures import ARCHITECTURES, build
 from tests.test_fusing import EACH, ONE
@@ -134,16 +135,16 @@ def test_the_shipped_network_in_integers_has_its_accuracy(tmp_path):
 
 
 class Viewing(nn.Module):
-    """A hidden linear layer behind a reshape that reads the size of the batch, and an average of the whole image."""
+    """Pools that are a function and a method, and a hidden linear layer behind a reshape that reads a size."""
 
     def __init__(self):
         super().__init__()
         self.normalize = nets.Normalize((121,), (1 / 64,))
         self.convs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU())
-        self.pool, self.hidden, self.readout = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 20), nn.Linear(20, 4)
+        self.hidden, self.readout = nn.Linear(16, 20), nn.Linear(20, 4)
 
     def forward(self, x):
-        x = self.pool(self.convs(self.normalize(x)))
+        x = F.avg_pool2d(self.convs(self.normalize(x)), 2).mean((2, 3), keepdim=True)
         return self.readout(torch.relu(self.hidden(x.view(x.size(0), -1))))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tests.architectures import ARCHITECTURES, build
 from unitstep import nets, record, to_onnx, to_spiking
@@ -109,6 +110,29 @@ def test_a_constant_given_by_name_is_none_the_less_one():
     torch.manual_seed(0)
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     agrees(to_spiking(Shifted().double().eval(), images, steps=1, **ONE), images, 1)
+
+
+class Functional(nn.Module):
+    """Pools as functions and methods, of spikes whose heights differ by channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.avg_pool2d(F.relu(self.a(x)), 2, 1)
+        x = F.max_pool2d(F.relu(self.b(x)), kernel_size=2, ceil_mode=True)
+        return self.c(F.adaptive_avg_pool2d(x, (1, 1)).flatten(1) + x.mean((2, 3)) + x.mean((-1, -2), True).flatten(1))
+
+
+@pytest.mark.parametrize("options", [ONE, EACH])
+def test_functional_pools_become_modules(options):
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    snn = to_spiking(Functional().double().eval(), images, steps=1, **options)
+    agrees(snn, images, 1)
+    called = [node.target for node in snn.fuse(images).graph.nodes if node.op != "call_module"]
+    assert {"avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "mean"}.isdisjoint(str(target) for target in called)
 
 
 class Turned(nn.Module):

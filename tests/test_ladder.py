@@ -218,6 +218,8 @@ def test_the_time_limit_is_in_minutes(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))  # a second per look
     run = train(small(), tmp_path, time_limit=0.25)
     assert 4 < run.load(run.state_path, 0)[1]["step"] < 12
+    with pytest.raises(ValueError, match="time_limit must be 0 or more minutes, not -1"):
+        train(small(), tmp_path, time_limit=-1)
 
 
 def test_bf16_is_for_training_alone_and_each_step_is_clamped(tmp_path, monkeypatch):

@@ -53,6 +53,13 @@ def to_spiking(
     approximate, leaf_modules: see `spiking`. Raises ConversionError, a ValueError, which names all operations that do
     not convert; ValueError for other wrong input.
     """
+    given: tuple[object, object] = (cnn, images)
+    if not isinstance(given[0], nn.Module):
+        raise ValueError(f"the network is a {type(cnn).__name__}: give a module, Net() and not its class Net")
+    if not isinstance(given[1], Tensor):
+        raise ValueError(
+            f"images is a {type(images).__name__}: give one tensor [B, C, H, W], of a loader next(iter(loader))[0]"
+        )
     options: dict[str, Any] = {"height": height, "initial": initial, "readout": readout, "norm": norm}
     snn = spiking(cnn, max_pool=max_pool, approximate=approximate, leaf_modules=leaf_modules, **options)
     find = {"thresholds": thresholds, "percentile": percentile, "scale": scale}
@@ -445,7 +452,7 @@ class Activity:
 @contextlib.contextmanager
 def record(snn: Spiking) -> Iterator[dict[str, Activity]]:
     """Within this context each call of `snn` leaves, per neuron layer, its currents and spikes in the dict that is
-    given; the network works as without it.
+    given, detached, to be looked at; the network works as without it.
 
     ``with record(snn) as spikes: snn(images, steps=3)`` and then ``spikes["relu1"].rate``. The last call's are kept.
     """

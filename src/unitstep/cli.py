@@ -364,7 +364,7 @@ def _report(arguments: list[str]) -> int:
     def report(
         runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
         out: Path,
-        format: Literal["html", "md"] = "html",
+        format: Literal["html", "md"] | None = None,
         pj: tuple[float, float] | None = None,
     ) -> int:
         """Write one page about runs that have been measured: a file that works offline. Nothing is run again.
@@ -372,12 +372,13 @@ def _report(arguments: list[str]) -> int:
         Args:
             runs: Folders of runs, of the same images. Runs of one recipe with other seeds are shown as mean and spread.
             out: The file, overwritten if it is there.
-            format: html, or md for the tables as Markdown.
+            format: html, or md for the tables as Markdown; None: md if the file's name ends so, else html.
             pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
         """
         from unitstep import reporting
 
-        _say(f"{reporting.report(runs, out, format=format, pj=pj)} is written")
+        kind = format or ("md" if out.suffix == ".md" else "html")
+        _say(f"{reporting.report(runs, out, format=kind, pj=pj)} is written")
         return 0
 
     return tyro.cli(report, prog="unitstep report", args=arguments)

@@ -100,7 +100,10 @@ def to_onnx(
     if form == "int8" and steps != 1:
         raise ValueError(f"the 8-bit form is for one timestep, not {steps}: export in floating point (--form float)")
     if form == "int8" and images.dtype != torch.uint8:
-        raise ValueError(f"the 8-bit form takes raw pixels, uint8, not {images.dtype}: export in floating point")
+        raise ValueError(
+            f"the 8-bit form takes raw pixels, uint8, not {images.dtype}: export in floating point, or convert "
+            "nn.Sequential(unitstep.nets.Normalize((zero,), (scale,)), cnn), which takes pixels"
+        )
     if not len(images) or (labels is not None and len(labels) != len(images)):
         raise ValueError(f"{len(images)} images and {0 if labels is None else len(labels)} labels: give some, as many")
     refuse_hooks(snn)  # before it is copied, which what hooks have computed does not allow

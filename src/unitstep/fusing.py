@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from unitstep.graphs import Graph
@@ -23,6 +24,16 @@ from unitstep.neuron import LIF, SharedDropout, check_steps, membranes, read_out
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 CATS: tuple[Any, ...] = (torch.cat, torch.concat, torch.concatenate)
+AVERAGE = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+MAXIMUM = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+POOL_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {  # the equal module, and arguments in order
+    F.avg_pool1d: (nn.AvgPool1d, AVERAGE),
+    F.avg_pool2d: (nn.AvgPool2d, AVERAGE),
+    F.adaptive_avg_pool1d: (nn.AdaptiveAvgPool1d, ("output_size",)),
+    F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
+    F.max_pool1d: (nn.MaxPool1d, MAXIMUM),
+    F.max_pool2d: (nn.MaxPool2d, MAXIMUM),
+}
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.MaxPool2d)
 
 
@@ -88,7 +99,10 @@ def fuse(snn: fx.GraphModule, images: Tensor, steps: int = 1) -> fx.GraphModule:
     """
     check_steps(steps)
     net = _at_fixed_steps(snn, steps).eval()
-    ShapeProp(net).propagate(images[:1].to(next(net.buffers()).device))
+    image = images[:1].to(next(net.buffers()).device)
+    ShapeProp(net).propagate(image)
+    _pools_as_modules(net)
+    ShapeProp(net).propagate(image)
     for node in list(net.graph.nodes):
         if isinstance(module_of(net, node), BATCH_NORMS):
             fold_norm(net, node)
@@ -146,6 +160,34 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
             root.register_buffer(node.name, operator.attrgetter(str(node.target))(snn).detach().clone())
             node.target = node.name
     return Graph(root, graph, type(snn).__name__)
+
+
+def _pools_as_modules(net: fx.GraphModule) -> None:
+    """Let functional pools, and means over both dimensions of a map, be the modules that they equal, which all that
+    follows knows."""
+
+    def call(node: fx.Node, module: nn.Module, source: fx.Node) -> None:
+        net.add_submodule(node.name, module)
+        node.op, node.target, node.args, node.kwargs = "call_module", node.name, (source,), {}
+
+    for node in list(net.graph.nodes):
+        source = argument(node, "input", 0) if node.op in ("call_function", "call_method") else None
+        if not isinstance(source, fx.Node) or node.all_input_nodes != [source]:
+            continue
+        if node.target in POOL_FUNCTIONS:
+            pool, names = POOL_FUNCTIONS[node.target]
+            options = {key: value for key, value in node.kwargs.items() if key != "input"}
+            call(node, pool(**dict(zip(names, node.args[1:], strict=False)), **options), source)
+        elif node.target in ("mean", torch.mean) and len(source.meta["tensor_meta"].shape) == 4:
+            over, keep = argument(node, "dim", 1), argument(node, "keepdim", 2, False)
+            if "dtype" in node.kwargs or not isinstance(over, tuple | list) or {d % 4 for d in over} != {2, 3}:
+                continue
+            if not keep:
+                with net.graph.inserting_before(node):
+                    pooled = net.graph.call_function(F.adaptive_avg_pool2d, (source, 1))
+                pooled.meta |= {key: node.meta[key] for key in ("axis", "homogeneous") if key in node.meta}
+                call(node, nn.Flatten(), pooled)
+            call(node if keep else pooled, nn.AdaptiveAvgPool2d(1), source)
 
 
 def _plain(module: nn.Module) -> nn.Module:

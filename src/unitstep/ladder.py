@@ -125,6 +125,8 @@ def train(
     SIGINT once the state is saved.
     """
     started = time.monotonic()
+    if time_limit is not None and time_limit < 0:
+        raise ValueError(f"time_limit must be 0 or more minutes, not {time_limit:g}")
     where = choose_device(device)
     if data is not None:
         recipe = replace(recipe, data=data)
@@ -268,8 +270,8 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
             logits = forward(cnn.eval(), images.to(where), None)
     except Exception as error:  # whatever the user's code raises
         raise ValueError(
-            f"{recipe.net} fails on images of {recipe.channels}×{recipe.size}×{recipe.size}: {error}. --size and "
-            "--channels must be those that it was made for"
+            f"{recipe.net} fails on images of {recipe.channels}×{recipe.size}×{recipe.size}: {error}. --size, "
+            "--channels, --pixel-zero and --pixel-scale must be those that it was made for"
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, len(classes)):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -286,6 +288,8 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
 
 def load_weights_(net: nn.Module, path: str | Path) -> None:
     """Load a safetensors file with exactly the tensors of `net`'s state dict. ValueError if it is anything else."""
+    if not Path(path).exists():
+        raise ValueError(f"there is no file {path}")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -163,8 +163,8 @@ class Run:
         path = self.stage_path(index)
         if not path.exists():
             raise ValueError(
-                f"stage {self.recipe.stages[index].name} of {self.path} is not trained yet: unitstep train goes on "
-                "with it"
+                f"stage {self.recipe.stages[index].name} of {self.path} is not trained yet: unitstep train "
+                f"--from {self.path} goes on with it"
             )
         tensors, info = self.load(path, index)
         return rebuild(self.recipe, len(info["classes"]), tensors, spikes=index > 0)
@@ -257,7 +257,8 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
         if changes := differences(run.recipe, recipe):
             listed = "\n  ".join(changes)
             raise ValueError(
-                f"{path} was made by another recipe (there → here); choose another folder, or the same recipe:\n  "
+                f"{path} was made by another recipe (there → here); choose another folder, or the same recipe (a "
+                f"converted CNN takes another by unitstep convert, in a new folder):\n  "
                 f"{listed}"
             )
         return run
