@@ -349,9 +349,8 @@ _SHIPPED = (
     ),
 )  # fmt: skip
 
-OWN = Recipe(  # a user's trained CNN and images; thresholds as they measured best for conversion alone
-    "own", "", "", _OWN, pixel_zero=(0.0,), pixel_scale=(1 / 255,),
-    thresholds="channel-percentile", percentile=99.0, initial=0.5,
+OWN = Recipe(  # a user's trained CNN and images
+    "own", "", "", _OWN, pixel_zero=(0.0,), pixel_scale=(1 / 255,), initial=0.5
 )  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {shipped.name: shipped for shipped in _SHIPPED}
