@@ -125,8 +125,7 @@ def run(control: Control, data: str, out: Path, deadline: float, **options: Any)
             {"steps": stage.stage.steps, "epochs": stage.stage.epochs, "val_accuracy": stage.val_accuracy}
             | {"spikes_per_neuron": found.spikes_per_neuron, "seconds": stage.seconds, "layers": layers}
         )
-    about = {key: made.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")}
-    return {**asdict(control), "stages": stages, "val_images": len(val), **about}
+    return {**asdict(control), "stages": stages, "val_images": len(val), **made.trained}
 
 
 def recorded() -> list[dict[str, Any]]:

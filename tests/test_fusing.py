@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.architectures import ARCHITECTURES, build
-from unitstep import nets, record, to_onnx, to_spiking
+from unitstep import measure, nets, record, to_onnx, to_spiking
 from unitstep.fusing import Fire
 
 ONE: dict[str, Any] = {"thresholds": "percentile", "percentile": 80, "scale": 0.7, "initial": 0.0}
@@ -122,6 +122,7 @@ class Functional(nn.Module):
     def forward(self, x):
         x = F.avg_pool2d(F.relu(self.a(x)), 2, 1)
         x = F.max_pool2d(F.relu(self.b(x)), kernel_size=2, ceil_mode=True)
+        x = F.avg_pool2d(x, x.size(3) // 2)
         return self.c(F.adaptive_avg_pool2d(x, (1, 1)).flatten(1) + x.mean((2, 3)) + x.mean((-1, -2), True).flatten(1))
 
 
@@ -133,6 +134,8 @@ def test_functional_pools_become_modules(options):
     agrees(snn, images, 1)
     called = [node.target for node in snn.fuse(images).graph.nodes if node.op != "call_module"]
     assert {"avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "mean"}.isdisjoint(str(target) for target in called)
+    found = measure(snn, [(images, torch.zeros(4))], steps=1, device="cpu")
+    assert [operation.name for operation in found.operations] == ["a", "b", "c"]
 
 
 class Turned(nn.Module):

@@ -377,8 +377,7 @@ def _report(arguments: list[str]) -> int:
         """
         from unitstep import reporting
 
-        kind = format or ("md" if out.suffix == ".md" else "html")
-        _say(f"{reporting.report(runs, out, format=kind, pj=pj)} is written")
+        _say(f"{reporting.report(runs, out, format=format, pj=pj)} is written")
         return 0
 
     return tyro.cli(report, prog="unitstep report", args=arguments)

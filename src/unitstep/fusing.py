@@ -34,7 +34,7 @@ POOL_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {  # the eq
     F.max_pool1d: (nn.MaxPool1d, MAXIMUM),
     F.max_pool2d: (nn.MaxPool2d, MAXIMUM),
 }
-POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.MaxPool2d)
+POOLS = tuple(pool for pool, _ in POOL_FUNCTIONS.values())
 
 
 class Fire(nn.Module):
@@ -99,10 +99,10 @@ def fuse(snn: fx.GraphModule, images: Tensor, steps: int = 1) -> fx.GraphModule:
     """
     check_steps(steps)
     net = _at_fixed_steps(snn, steps).eval()
-    image = images[:1].to(next(net.buffers()).device)
-    ShapeProp(net).propagate(image)
-    _pools_as_modules(net)
-    ShapeProp(net).propagate(image)
+    shapes = ShapeProp(net)
+    shapes.garbage_collect_values = False
+    shapes.propagate(images[:1].to(next(net.buffers()).device))
+    _pools_as_modules(net, shapes.env)
     for node in list(net.graph.nodes):
         if isinstance(module_of(net, node), BATCH_NORMS):
             fold_norm(net, node)
@@ -162,9 +162,9 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
     return Graph(root, graph, type(snn).__name__)
 
 
-def _pools_as_modules(net: fx.GraphModule) -> None:
+def _pools_as_modules(net: fx.GraphModule, found: dict[fx.Node, Any]) -> None:
     """Let functional pools, and means over both dimensions of a map, be the modules that they equal, which all that
-    follows knows."""
+    follows knows. found: what each node gave for an image, where a window may be a size of it."""
 
     def call(node: fx.Node, module: nn.Module, source: fx.Node) -> None:
         net.add_submodule(node.name, module)
@@ -172,13 +172,14 @@ def _pools_as_modules(net: fx.GraphModule) -> None:
 
     for node in list(net.graph.nodes):
         source = argument(node, "input", 0) if node.op in ("call_function", "call_method") else None
-        if not isinstance(source, fx.Node) or node.all_input_nodes != [source]:
+        if not isinstance(source, fx.Node):
             continue
         if node.target in POOL_FUNCTIONS:
             pool, names = POOL_FUNCTIONS[node.target]
-            options = {key: value for key, value in node.kwargs.items() if key != "input"}
-            call(node, pool(**dict(zip(names, node.args[1:], strict=False)), **options), source)
-        elif node.target in ("mean", torch.mean) and len(source.meta["tensor_meta"].shape) == 4:
+            args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), found.__getitem__)
+            options = {key: value for key, value in kwargs.items() if key != "input"}
+            call(node, pool(**dict(zip(names, args, strict=False)), **options), source)
+        elif node.target in ("mean", torch.mean) and len(found[source].shape) == 4 and node.all_input_nodes == [source]:
             over, keep = argument(node, "dim", 1), argument(node, "keepdim", 2, False)
             if "dtype" in node.kwargs or not isinstance(over, tuple | list) or {d % 4 for d in over} != {2, 3}:
                 continue
@@ -186,6 +187,8 @@ def _pools_as_modules(net: fx.GraphModule) -> None:
                 with net.graph.inserting_before(node):
                     pooled = net.graph.call_function(F.adaptive_avg_pool2d, (source, 1))
                 pooled.meta |= {key: node.meta[key] for key in ("axis", "homogeneous") if key in node.meta}
+                shape = torch.Size((*found[source].shape[:2], 1, 1))
+                pooled.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=shape)
                 call(node, nn.Flatten(), pooled)
             call(node if keep else pooled, nn.AdaptiveAvgPool2d(1), source)
 

@@ -305,7 +305,7 @@ def measure_run(
         "recipe": r.to_dict(),
         "data": {"source": data or r.data, "test_images": len(test), "classes": list(test.classes)},
         **provenance(),
-        "trained": {key: run.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")},
+        "trained": run.trained,
         "device": str(choose_device(device)),
         "stages": rows,
         "speed": [],

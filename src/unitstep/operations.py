@@ -188,14 +188,9 @@ def _gathered(node: fx.Node, module: nn.Module | None, number: Tensor, mean: Any
             sizes = [-(-(i + 1) * m // n) - i * m // n for i in range(n)]
             mean = mean * torch.tensor(sizes, device=mean.device).view(-1, *[1] * (mean.dim() - dimension - 1))
         return mean  # type: ignore[no-any-return]
-    options = ("kernel_size", "stride", "padding", "ceil_mode")
-    if module is not None:
-        kernel, stride, padding, ceil = (getattr(module, option) for option in options)
-    else:
-        kernel, stride, padding, ceil = (
-            argument(node, option, at, default)
-            for at, (option, default) in enumerate(zip(options, (None, None, 0, False), strict=True), 1)
-        )
+    kernel, stride, padding, ceil = (
+        getattr(module, option) for option in ("kernel_size", "stride", "padding", "ceil_mode")
+    )
     if "1d" in name:  # which has no divisor of its own choice
         kernel, stride, padding = (
             (first, _one(value)) for first, value in ((1, kernel), (1, stride or kernel), (0, padding))

@@ -28,22 +28,24 @@ def report(
     runs: Sequence[Run | str | Path],
     out: str | Path,
     *,
-    format: Format = "html",
+    format: Format | None = None,
     pj: tuple[float, float] | None = None,
 ) -> Path:
     """Write a page about `runs` to the file `out`: HTML in one file that needs no network, or Markdown with the tables.
 
+    format: html or md; None: md if the name of `out` ends so, else html.
     pj: a further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
     ValueError if a run has not been measured, a file of it is damaged, or the runs are of different images, so that
     their accuracies do not compare.
     """
+    out = Path(out)
+    format = format or ("md" if out.suffix == ".md" else "html")
     if format not in ("html", "md"):
         raise ValueError(f"format must be html or md, not {format!r}")
     groups = read_groups(runs)
     models = energy.MODELS | ({"own": energy.own(*pj)} if pj else {})
     sections = [_section(group, models) for group in groups]
     text = _html(groups, sections) if format == "html" else _markdown(sections)
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text.encode())
     return out

@@ -50,8 +50,8 @@ class Run:
     """A run folder, as it is on disk at this moment. ValueError if `path` is not a run folder or a file in it is
     damaged.
 
-    recipe: the `Recipe` it was made by.  stages: the finished ones, in order.  measurement: the content of
-    measure.json, or None.
+    recipe: the `Recipe` it was made by.  stages: the finished ones, in order.  trained: precision, device,
+    versions, machine and commit that it was begun with.  measurement: the content of measure.json, or None.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,6 +72,10 @@ class Run:
         return tuple(
             self.finished(index) for index in range(len(self.recipe.stages)) if self.stage_path(index).exists()
         )
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        return {key: self.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")}
 
     @property
     def measurement(self) -> dict[str, Any] | None:
