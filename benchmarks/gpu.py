@@ -38,13 +38,22 @@ def straight(r: Recipe) -> Recipe:
     return replace(r, stages=(cnn, replace(last, epochs=last.epochs + extra)))
 
 
+def laddered(r: Recipe) -> Recipe:
+    """With one epoch at each of T = 5, 4, 3 and 2 between the CNN and T = 1."""
+    cnn, last = r.stages
+    rungs = (replace(last, steps=steps, epochs=1, weight_bits=None) for steps in (5, 4, 3, 2))
+    return replace(r, stages=(cnn, *rungs, last))
+
+
 VGG16 = recipe("cifar10-vgg16")
 LONG = recipe("cifar10-quick-long")
 RUNS: dict[str, Recipe] = {
     "cifar10-vgg16-0": VGG16,
     "cifar10-quick-long-0": LONG,
-    "cifar10-vgg16-as-quick-long-0": replace(LONG, net="vgg16"),
+    "cifar10-vgg16-conv-ladder-as-quick-long-0": laddered(replace(LONG, net="vgg16-conv")),
+    "cifar10-vgg16-ladder-as-quick-long-0": laddered(replace(LONG, net="vgg16")),
     "cifar10-vgg16-conv-as-quick-long-0": replace(LONG, net="vgg16-conv"),
+    "cifar10-vgg16-as-quick-long-0": replace(LONG, net="vgg16"),
     "cifar10-vgg16-straight-0": straight(VGG16),
     "cifar10-quick-long-1": replace(LONG, seed=1),
     "cifar10-resnet20-as-quick-long-0": replace(LONG, net="resnet20"),
