@@ -38,32 +38,33 @@ def straight(r: Recipe) -> Recipe:
     return replace(r, stages=(cnn, replace(last, epochs=last.epochs + extra)))
 
 
-def laddered(r: Recipe) -> Recipe:
-    """With one epoch at each of T = 5, 4, 3 and 2 between the CNN and T = 1."""
-    cnn, last = r.stages
-    rungs = (replace(last, steps=steps, epochs=1, weight_bits=None) for steps in (5, 4, 3, 2))
-    return replace(r, stages=(cnn, *rungs, last))
+def longer(r: Recipe) -> Recipe:
+    """Twice the epochs of the CNN, three times those of T = 1, and larger squares painted over."""
+    cnn, *rungs, last = r.stages
+    stages = (replace(cnn, epochs=2 * cnn.epochs), *rungs, replace(last, epochs=3 * last.epochs))
+    return replace(r, stages=stages, cutout=12)
 
 
 VGG16 = recipe("cifar10-vgg16")
 LONG = recipe("cifar10-quick-long")
+CONV = recipe("cifar10-vgg16-conv")
 RUNS: dict[str, Recipe] = {
-    "cifar10-vgg16-0": VGG16,
-    "cifar10-quick-long-0": LONG,
-    "cifar10-vgg16-conv-ladder-as-quick-long-0": laddered(replace(LONG, net="vgg16-conv")),
-    "cifar10-vgg16-ladder-as-quick-long-0": laddered(replace(LONG, net="vgg16")),
-    "cifar10-vgg16-conv-as-quick-long-0": replace(LONG, net="vgg16-conv"),
-    "cifar10-vgg16-as-quick-long-0": replace(LONG, net="vgg16"),
-    "cifar10-vgg16-straight-0": straight(VGG16),
+    "cifar10-vgg16-conv-longer-0": longer(CONV),
+    "cifar10-quick-longer-0": longer(LONG),
     "cifar10-quick-long-1": replace(LONG, seed=1),
+    "cifar10-vgg16-conv-1": replace(CONV, seed=1),
+    "cifar10-vgg16-conv-straight-0": straight(CONV),
     "cifar10-resnet20-as-quick-long-0": replace(LONG, net="resnet20"),
     "cifar10-resnet20-0": recipe("cifar10-resnet20"),
     "cifar10-vgg6-0": recipe("cifar10-vgg6"),
+    "cifar10-vgg16-paper-over-20": shortened(recipe("cifar10-vgg16-paper"), 20),
+    "cifar10-quick-long-0": LONG,
+    "cifar10-vgg16-0": VGG16,
     "cifar10-vgg16-1": replace(VGG16, seed=1),
     "cifar10-vgg16-2": replace(VGG16, seed=2),
-    "cifar10-vgg16-paper-over-20": shortened(recipe("cifar10-vgg16-paper"), 20),
+    "cifar10-vgg16-conv-0": CONV,
 }
-SAME_CNN = {"cifar10-vgg16-straight-0": "cifar10-vgg16-0"}
+SAME_CNN = {"cifar10-vgg16-conv-straight-0": "cifar10-vgg16-conv-0"}
 
 
 def main() -> None:

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_a_network_on_a_gpu_converts_as_on_the_processor() -> None:
     torch.manual_seed(0)
     cnn, images = nets.build("vgg-small", classes=10).eval(), torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
-    here, there = to_spiking(cnn, images, steps=2), to_spiking(cnn.cuda(), images.cuda(), steps=2)
+    # thresholds of whole layers: those per channel, of untrained weights, move by half where weights do by 1/2,048
+    here = to_spiking(cnn, images, steps=2, thresholds="percentile")
+    there = to_spiking(cnn.cuda(), images.cuda(), steps=2, thresholds="percentile")
     assert {parameter.device.type for parameter in there.parameters()} == {"cuda"}
     for ours, theirs in zip(here.lifs.values(), there.lifs.values(), strict=True):
         torch.testing.assert_close(theirs.threshold.cpu(), ours.threshold, rtol=0.02, atol=1e-3)

@@ -10,8 +10,8 @@ import pytest
 from unitstep.recipes import RECIPES, Recipe, Stage, differences, recipe, recipe_from_dict
 
 ISSUED = (
-    "fashion-mini fashion-mnist cifar10-quick cifar10-quick-long cifar10-vgg6 cifar10-vgg16 cifar10-resnet20 "
-    "cifar100-vgg16 cifar100-resnet20"
+    "fashion-mini fashion-mnist cifar10-quick cifar10-quick-long cifar10-vgg6 cifar10-vgg16 cifar10-vgg16-conv "
+    "cifar10-resnet20 cifar100-vgg16 cifar100-resnet20"
 )
 PAPER = "cifar10-vgg6 cifar10-vgg16 cifar10-resnet20 cifar100-vgg16 cifar100-resnet20 imagenet-vgg16"
 

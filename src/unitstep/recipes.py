@@ -306,6 +306,7 @@ _QUICK_LONG = (  # a CNN that is trained for long is worth imitating
     replace(_QUICK[0], epochs=30),
     replace(_QUICK[1], epochs=80, distillation=0.5, keep="best"),
 )
+_VGG16_CONV = _ladder(*_QUICK_LONG, between=1)
 _FULL = _ladder(
     Stage(None, 60, 0.1, "sgd", 5e-4, batch=128, warmup=0.2, label_smoothing=0.1),
     Stage(1, 60, 1e-3, "adamw", 0.05, batch=128, warmup=0.1, label_smoothing=0.1, weight_bits=8),
@@ -319,17 +320,17 @@ _VGG16 = _ladder(
 _OWN = _ladder(
     Stage(None, 0, 0.1, "sgd"), Stage(1, 20, 1e-3, "adamw", 0.05, warmup=0.1, label_smoothing=0.1), between=2
 )
+_IMAGES: dict[str, Any] = {"padding": 4, "border": "mirror", "cutout": 8, "whiten": True}
 _FASHION: dict[str, Any] = {"channels": 1, "size": 28, "augment": "flip", "pixel_zero": (73.0,)}
 
 _SHIPPED = (
     Recipe("fashion-mini", "fashion-mini", "vgg-mini", _MINI, **_FASHION),
     Recipe("fashion-mnist", "zalando-datasets/fashion_mnist", "vgg-mini", _MINI, **_FASHION),
-    Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK, padding=4, border="mirror", cutout=8, whiten=True),
-    Recipe(
-        "cifar10-quick-long", _CIFAR10, "vgg-quick", _QUICK_LONG, padding=4, border="mirror", cutout=8, whiten=True
-    ),
+    Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK, **_IMAGES),
+    Recipe("cifar10-quick-long", _CIFAR10, "vgg-quick", _QUICK_LONG, **_IMAGES),
     Recipe("cifar10-vgg6", _CIFAR10, "vgg6", _FULL, dropout=0.2),
-    Recipe("cifar10-vgg16", _CIFAR10, "vgg16", _VGG16, dropout=0.2, border="mirror", cutout=8, whiten=True),
+    Recipe("cifar10-vgg16", _CIFAR10, "vgg16", _VGG16, dropout=0.2, **_IMAGES),
+    Recipe("cifar10-vgg16-conv", _CIFAR10, "vgg16-conv", _VGG16_CONV, **_IMAGES),
     Recipe("cifar10-resnet20", _CIFAR10, "resnet20", _FULL, dropout=0.1),
     Recipe("cifar100-vgg16", _CIFAR100, "vgg16", _FULL, dropout=0.2),
     Recipe("cifar100-resnet20", _CIFAR100, "resnet20", _FULL, dropout=0.1),
@@ -355,5 +356,5 @@ OWN = Recipe(  # a user's trained CNN and images
 
 RECIPES: dict[str, Recipe] = {shipped.name: shipped for shipped in _SHIPPED}
 RUN_TO_THE_END = frozenset(
-    {"fashion-mini", "cifar10-quick", "cifar10-quick-long", "cifar10-vgg16"}
+    {"fashion-mini", "cifar10-quick", "cifar10-quick-long", "cifar10-vgg16", "cifar10-vgg16-conv"}
 )  # those with a record in benchmarks/records; the others: not run
