@@ -30,7 +30,8 @@ def measured(path: Path) -> dict[str, Any]:
 
 
 def record(paths: list[Path]) -> dict[str, Any]:
-    """Runs of one recipe → one record. ValueError if one is not measured or recipes differ in more than the seed."""
+    """Runs of one recipe → one record. ValueError if one is not measured, recipes differ in more than the seed, or a
+    seed is there twice."""
     runs, recipes = [], list[Recipe]()
     for path in paths:
         found = measured(path)
@@ -41,6 +42,11 @@ def record(paths: list[Path]) -> dict[str, Any]:
             raise ValueError(f"{path} has another recipe than {paths[0]}: {'; '.join(changes)}")
         # a record names the data set, not the folder where it lay
         found["recipe"]["data"] = found["data"]["source"] = this.data
+        *before, this_seed = (r.seed for r in recipes)
+        if this_seed in before:
+            raise ValueError(
+                f"{path} has seed {recipes[-1].seed} like a run before it: a spread is over different seeds"
+            )
         runs.append(found)
     stages = []
     for rows in zip(*(found["stages"] for found in runs), strict=True):

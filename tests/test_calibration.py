@@ -101,7 +101,8 @@ def test_calibration_over_other_steps_than_those_of_use():
     ("options", "message"),
     [
         ({"thresholds": "median"}, "thresholds must be one of percentile, channel-percentile, max, mse"),
-        ({"percentile": 0}, r"percentile must be in \(0, 100\]"),
+        ({"percentile": 0.99}, "the 99th is 99, not 0.99"),
+        ({"percentile": 0}, "percentile must be above 1 and at most 100, not 0"),
         ({"scale": -1}, "scale must be greater than 0"),
         ({"calibration_steps": 1.5}, "steps must be a whole number"),
         ({"initial": 1.0}, r"initial must be in \[0, 1\)"),

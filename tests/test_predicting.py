@@ -117,7 +117,9 @@ def test_without_a_model_it_is_the_one_that_comes_with_the_package(tmp_path, cap
     lines = []
     for runtime in ("onnxruntime", "openvino"):
         assert main(["predict", str(tmp_path / "sky.png"), "--runtime", runtime, "--top", "10"]) == 0
-        lines.append(capsys.readouterr().out)
+        printed = capsys.readouterr()
+        assert "the CIFAR-10 network of the package answers; it knows airplane, automobile" in printed.err
+        lines.append(printed.out)
     assert lines[0] == lines[1]
     assert all(name in lines[0] for name in open_model(SHIPPED).about["classes"])
 

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from unitstep.conversion import LeafModules, MaxPool, Norm, Readout, Spiking, spiking, trace
 from unitstep.fusing import BATCH_NORMS
 from unitstep.neuron import LIF, Height, check_steps, read_out, repeat
-from unitstep.recipes import STRATEGIES, Thresholds
+from unitstep.recipes import STRATEGIES, Thresholds, check_percentile
 from unitstep.running import first_line
 
 REPORTED = 128  # images on which a report's rates and errors are taken, at most
@@ -124,8 +124,7 @@ def calibrate_(
     over = check_steps(steps if calibration_steps is None else calibration_steps)
     if thresholds not in STRATEGIES:
         raise ValueError(f"thresholds must be one of {', '.join(STRATEGIES)}, not {thresholds!r}")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"percentile must be in (0, 100], not {percentile}")
+    check_percentile(percentile)
     if not scale > 0:
         raise ValueError(f"scale must be greater than 0, not {scale}")
     if len(images) == 0:

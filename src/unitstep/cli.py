@@ -509,6 +509,9 @@ def _predict(arguments: list[str]) -> int:
         if not images:
             raise ValueError("give image files or folders: unitstep predict photo.jpg")
         network = open_model(model or predicting.SHIPPED, runtime, threads=threads)
+        if model is None:
+            names = ", ".join(network.about["classes"])
+            _say(f"unitstep: no --model is given, so the CIFAR-10 network of the package answers; it knows {names}")
         paths = predicting.images_in(images)
         width, failed = max(len(str(path)) for path in paths), 0
         found = predicting.predict(paths, network, top=top)

@@ -162,7 +162,7 @@ class Recipe:
     """How thresholds are found at conversion: a percentile of the layer's input current, over all channels or of each
     alone; its maximum; or what gives the response nearest to ReLU."""
     percentile: float = 90.0
-    """That percentile, 0 to 100."""
+    """That percentile, above 1 and at most 100."""
     scale: float = 1.0
     """What thresholds so found are multiplied by."""
     calibration_steps: int | None = None
@@ -196,8 +196,7 @@ class Recipe:
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
         # what calibration would refuse, but after the CNN has been trained
-        if not 0 < self.percentile <= 100:
-            raise ValueError(f"percentile must be above 0 and at most 100, not {self.percentile}")
+        check_percentile(self.percentile)
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be greater than 0, not {self.scale}")
         if not 0 <= self.initial < 1:
@@ -213,6 +212,12 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, ready for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+
+def check_percentile(percentile: float) -> None:
+    """ValueError if it is not above 1 and at most 100: 0.99 is meant as 99."""
+    if not 1 < percentile <= 100:
+        raise ValueError(f"percentile must be above 1 and at most 100, not {percentile}; the 99th is 99, not 0.99")
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
