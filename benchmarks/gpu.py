@@ -53,16 +53,16 @@ RUNS: dict[str, Recipe] = {
     "cifar10-quick-longer-0": longer(LONG),
     "cifar10-quick-long-1": replace(LONG, seed=1),
     "cifar10-vgg16-conv-1": replace(CONV, seed=1),
+    "cifar10-vgg16-conv-0": CONV,
     "cifar10-vgg16-conv-straight-0": straight(CONV),
     "cifar10-resnet20-as-quick-long-0": replace(LONG, net="resnet20"),
     "cifar10-resnet20-0": recipe("cifar10-resnet20"),
     "cifar10-vgg6-0": recipe("cifar10-vgg6"),
     "cifar10-vgg16-paper-over-20": shortened(recipe("cifar10-vgg16-paper"), 20),
-    "cifar10-quick-long-0": LONG,
-    "cifar10-vgg16-0": VGG16,
     "cifar10-vgg16-1": replace(VGG16, seed=1),
     "cifar10-vgg16-2": replace(VGG16, seed=2),
-    "cifar10-vgg16-conv-0": CONV,
+    "cifar10-quick-long-0": LONG,
+    "cifar10-vgg16-0": VGG16,
 }
 SAME_CNN = {"cifar10-vgg16-conv-straight-0": "cifar10-vgg16-conv-0"}
 
@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--weights", action="append", default=[], metavar="NAME", help="a run whose network is kept")
     parser.add_argument("names", nargs="*", help="runs; all if none is given")
     options = parser.parse_args()
+    if unknown := {*options.names, *options.weights} - RUNS.keys():
+        parser.error(f"there is no run {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
     deadline = time.monotonic() + 60 * options.minutes
     if options.shorter != 1:  # not to be taken for the runs themselves
         options.work, options.out = (folder / f"shorter-{options.shorter:g}" for folder in (options.work, options.out))
@@ -94,7 +96,7 @@ def main() -> None:
             break
         r = shortened(RUNS[name], options.shorter)
         cnn = options.work / SAME_CNN[name] if name in SAME_CNN else None
-        if cnn is not None and not cnn.exists() and not path.exists():
+        if cnn is not None and not any(cnn.glob("0-*")) and not path.exists():
             print(f"{name} starts from the CNN of {SAME_CNN[name]}, which is not in {options.work}: left out")
             continue
         run = train(r, path, data=options.data, device=options.device, time_limit=left, cnn=cnn)
@@ -110,6 +112,7 @@ def main() -> None:
         write_json(options.out / f"{name}.json", found)
         print(f"{name}: test {[round(row['test_accuracy'], 2) for row in found['stages']]}", flush=True)
         if weights:
+            run.recipe = replace(run.recipe, data=RUNS[name].data)
             save_compact(run, path / "compact.safetensors")
             data = (path / "compact.safetensors").read_bytes()
             for number, start in enumerate(range(0, len(data), PART_BYTES)):  # cat puts them together again

@@ -197,6 +197,12 @@ def test_probabilities_are_not_trained_on(folder, capsys):
     assert "gives probabilities: it ends in a softmax" in capsys.readouterr().err
 
 
+def test_what_does_not_convert_is_not_trained_first(folder, capsys):
+    assert main(["train", "fashion-mini", "--net", "mynet:gated", "--out", "runs/x"]) == 1
+    assert "3 operations do not convert" in capsys.readouterr().err
+    assert not Run("runs/x").log
+
+
 def test_a_leaf_module_has_the_name_it_has_in_the_users_network(folder, capsys):
     arguments = ["convert", "mynet:branching", *FASHION, "--out", "runs/branching"]
     assert main(arguments) == 1

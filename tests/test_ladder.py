@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from unitstep.cli import main
 from unitstep.data import Split, load_train
 from unitstep.ladder import Progress, counted, learning_rate, loss_of, spikes_per_neuron
 from unitstep.measurement import measure
-from unitstep.neuron import clamp_
+from unitstep.neuron import clamp_, compiler_available
 from unitstep.runs import build_cnn
 
 
@@ -498,6 +499,22 @@ def test_thresholds_and_leaks_are_brought_back_into_their_range(unbroken):
     clamp_(snn)
     assert [lif.threshold.item() for lif in snn.lifs.values()] == pytest.approx([1e-3] * 4)
     assert [lif.leak.item() for lif in snn.lifs.values()] == pytest.approx([1.0, 1e-3, 0.5, 1.0])
+
+
+def test_a_compiler_without_pythons_headers_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert compiler_available(torch.device("cpu"))
+    (tmp_path / "Python.h").unlink()
+    assert not compiler_available(torch.device("cpu"))
+
+
+def test_without_a_compiler_compiling_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "compiler_available", lambda device: False)
+    with pytest.raises(ValueError, match=r"python3-dev.* --compile auto does without"):
+        train(small(1), tmp_path / "run", compile="on")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_compiler_a_long_stage_says_what_that_costs_and_is_trained(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def save_compact(run: Run, path: str | Path) -> None:
         else:
             tensors[name] = tensor
     about = {"schema": SCHEMA, "recipe": without_folder(run.recipe).to_dict(), "steps": finished.stage.steps}
-    about |= {"classes": list(finished.classes), "val_accuracy_before_rounding": finished.val_accuracy}
+    about |= {"classes": list(finished.classes), "val_accuracy": finished.val_accuracy}
     write_tensors(Path(path), tensors, about)
 
 

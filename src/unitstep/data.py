@@ -298,12 +298,12 @@ class Streamed(Split):
     """A split whose images are decoded on the way, by `workers` processes; made by `load_train` and `load_test`.
 
     Evaluation, and training with augment="none": shorter side to round(size·256/224), then the centre crop.
-    "flip" mirrors each image with probability 1/2. Both "crop-flip" and "resized-crop-flip" cut out a random box
-    (8–100 % of the area, aspect ratio 3/4–4/3, log-uniform), resize it to size×size, and flip. The image in row i draws
-    from a generator seeded with `mix(seed, i)`: the number of workers and the start change nothing.
+    "flip" mirrors each image with probability 1/2. "resized-crop-flip" cuts out a random box (8–100 % of the area,
+    aspect ratio 3/4–4/3, log-uniform), resizes it to size×size, and flips. The image in row i draws from a generator
+    seeded with `mix(seed, i)`: the number of workers and the start change nothing.
     `labels` stay on the CPU; batches are sent to the device. An iterator that is dropped ends its processes.
 
-    Errors while reading: ValueError that names the first unreadable image.
+    Errors while reading: ValueError that names the first unreadable image, or for "crop-flip" or a cutout.
     """
 
     def __init__(

@@ -54,6 +54,7 @@ from unitstep.timing import forget_peak, peak
 from unitstep.whitening import plain_state, whiten_
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
+NO_COMPILER = "there is no C++ compiler here (g++), no Python.h (Debian: python3-dev), or no Triton for the GPU"
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
 TEMPERATURE = 2.0  # of distillation
 BF16_FROM = 1.3  # times as fast as fp32 from which bf16 is taken
@@ -128,6 +129,8 @@ def train(
     if time_limit is not None and time_limit < 0:
         raise ValueError(f"time_limit must be 0 or more minutes, not {time_limit:g}")
     where = choose_device(device)
+    if compile == "on" and not compiler_available(where):
+        raise ValueError(f"{NO_COMPILER}: neurons cannot be compiled; --compile auto does without")
     if data is not None:
         recipe = replace(recipe, data=data)
     if precision == "auto" and begun(Path(out)) and (Path(out) / "recipe.json").exists():
@@ -342,7 +345,7 @@ class _Fit:
         self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if run.recipe.whiten:
             images = calibration_images(run.recipe, train).to(device)
-            given = () if self.stage.steps is None else (self.stage.steps,)
+            given = () if self.stage.steps is None else (1,)  # step; pixels are the same at each
             whiten_(self.net, images, *given, fresh=index == 0 and ":" not in run.recipe.net)
         if self.stage.weight_bits is not None:
             if self.stage.steps == 1 and isinstance(self.net, Spiking):
@@ -370,6 +373,8 @@ class _Fit:
             cnn = build_cnn(self.run.recipe, len(self.train.classes))
             if ":" in self.run.recipe.net:
                 _check_output(self.run.recipe, cnn, self.train.classes)
+                if len(self.run.recipe.stages) > 1:
+                    build_snn(self.run.recipe, cnn)  # a network that does not convert is not trained first
             return cnn
         above = self.run.net(self.index - 1)
         recipe = self.run.recipe
@@ -661,8 +666,8 @@ def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch
     pays = neurons * stage.steps * stage.epochs * len(train) > COMPILE_FROM
     if pays and not compiler_available(device):
         warnings.warn(
-            "there is no C++ compiler here (g++), or no Triton for the GPU: neurons are not fused by torch.compile, "
-            "which gives the same results and takes longer, the more so the more timesteps",
+            f"{NO_COMPILER}: neurons are not fused by torch.compile, which gives the same results and takes longer, "
+            "the more so the more timesteps",
             stacklevel=2,
         )
         return False

@@ -18,9 +18,11 @@ import contextlib
 import math
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal
 
@@ -52,12 +54,14 @@ def is_compiled() -> bool:
 
 
 def compiler_available(device: torch.device) -> bool:
-    """Whether `torch.compile` has what it needs to make kernels for `device`: a C++ compiler, or Triton on a GPU."""
+    """Whether `torch.compile` has what it needs to make kernels for `device`: a C++ compiler and Python's header files,
+    or Triton on a GPU."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton  # type: ignore[attr-defined,unused-ignore]
 
         return bool(has_triton())
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and headers.exists()
 
 
 def membranes(

@@ -201,7 +201,7 @@ class Recipe:
             raise ValueError(f"scale must be greater than 0, not {self.scale}")
         if not 0 <= self.initial < 1:
             raise ValueError(f"initial must be from 0 to 1, as a fraction of the threshold, not {self.initial}")
-        if self.calibration_images < 1 or (self.calibration_steps or 1) < 1:
+        if self.calibration_images < 1 or (self.calibration_steps is not None and self.calibration_steps < 1):
             raise ValueError("calibration_images and calibration_steps must be 1 or more")
 
     @property

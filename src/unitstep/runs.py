@@ -256,6 +256,7 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
         run = Run(path)
         if not begun(path):  # of a command that failed: there is nothing to protect
             with locked(run):
+                (path / "log.jsonl").unlink(missing_ok=True)
                 write()
             return Run(path)
         if changes := differences(run.recipe, recipe):

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 EPSILON = 0.01  # times the mean λ
+ROWS = 64  # images at a time
 
 
 class Whitened(nn.Module):
@@ -57,19 +58,23 @@ def whiten_(net: nn.Module, images: Tensor, *arguments: Any, fresh: bool) -> Non
             assert isinstance(layer, nn.Conv2d)
             found.append((layer, inputs[0]))
 
+    total, number = torch.zeros(()), 0  # of x·xᵀ, of patches
     hooks = [layer.register_forward_pre_hook(note) for layer in net.modules() if isinstance(layer, nn.Conv2d)]
     try:
-        with torch.no_grad():
-            net.eval()(images, *arguments)
+        for part in images.split(ROWS):
+            found.clear()
+            with torch.no_grad():
+                net.eval()(part, *arguments)
+            if not found or found[0][0].groups > 1:
+                what = "its first convolution is cut into groups" if found else "it has no convolution"
+                raise ValueError(f"the network's input cannot be whitened: {what}. Set whiten to False")
+            conv, x = found[0]
+            patches = F.unfold(x.float(), conv.kernel_size, conv.dilation, 0, conv.stride).transpose(0, 1).flatten(1)
+            total, number = total.to(patches) + patches @ patches.T, number + patches.shape[1]
     finally:
         for hook in hooks:
             hook.remove()
-    if not found or found[0][0].groups > 1:
-        what = "its first convolution is cut into groups" if found else "it has no convolution"
-        raise ValueError(f"the network's input cannot be whitened: {what}. Set whiten to False")
-    conv, x = found[0]
-    patches = F.unfold(x.float(), conv.kernel_size, conv.dilation, 0, conv.stride).transpose(0, 1).flatten(1)  # [n, ·]
-    white = Whitened(patches @ patches.T / patches.shape[1])
+    white = Whitened(total / number)
     if fresh:
         conv.weight.data = white(conv.weight.data)
     parametrize.register_parametrization(conv, "weight", white)
