@@ -112,7 +112,6 @@ def main() -> None:
         write_json(options.out / f"{name}.json", found)
         print(f"{name}: test {[round(row['test_accuracy'], 2) for row in found['stages']]}", flush=True)
         if weights:
-            run.recipe = replace(run.recipe, data=RUNS[name].data)
             save_compact(run, path / "compact.safetensors")
             data = (path / "compact.safetensors").read_bytes()
             for number, start in enumerate(range(0, len(data), PART_BYTES)):  # cat puts them together again
