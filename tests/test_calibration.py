@@ -86,6 +86,10 @@ def test_a_cap_limits_the_threshold():
     assert [lif.threshold.item() for lif in snn.lifs.values()] == pytest.approx([0.1, 0.1])
     assert snn.report["_1"].found == "cap"
     assert snn.report["_1"].became == "neuron, capped at 0.1"
+    free = plainly(plain(cap=50), IMAGES, steps=4, thresholds="channel-percentile", percentile=99)
+    cap = next(iter(free.lifs.values())).threshold.median().item()
+    each = plainly(plain(cap=cap), IMAGES, steps=4, thresholds="channel-percentile", percentile=99)
+    assert each.report["_1"].found == "percentile 99 per channel, at most the cap"
     low = plainly(plain(cap=50), IMAGES, steps=4, thresholds="max")
     assert low.report["_1"].found == "maximum"
 

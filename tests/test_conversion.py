@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -323,7 +324,7 @@ def test_what_does_not_convert_is_refused_by_name(cnn, options, message):
     ("options", "message"),
     [
         ({"steps": 0}, "steps must be a whole number"),
-        ({"percentile": 101}, "percentile must be in"),
+        ({"percentile": 101}, "percentile must be above 1"),
         ({"scale": 0}, "scale must be greater than 0"),
     ],
 )
@@ -337,6 +338,7 @@ def test_calling_with_no_steps_is_refused():
     for steps in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="steps must be a whole number of timesteps"):
             snn(IMAGES, steps=steps)
+    assert torch.equal(snn.eval()(IMAGES, steps=np.int64(2)), snn(IMAGES, steps=2))
 
 
 def test_a_successful_conversion_is_silent(capsys):

@@ -502,7 +502,7 @@ def test_thresholds_and_leaks_are_brought_back_into_their_range(unbroken):
 
 
 def test_a_compiler_without_pythons_headers_is_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    monkeypatch.setenv("CXX", f"'{sys.executable}' g++")  # a program that is there, as ccache is
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert compiler_available(torch.device("cpu"))

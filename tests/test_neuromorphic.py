@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -124,6 +125,17 @@ def test_heights_that_meet_no_weights_are_written(pools, tmp_path):
         counts = (current > torch.from_numpy(fire.v_threshold)).float().mean((2, 3), keepdim=True)
         given = counts * (100 if pools == "sum" else 1) * torch.from_numpy(scale.scale)
         np.testing.assert_allclose(given.flatten(1), snn(IMAGES), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_a_layer_may_be_called_as_the_ends_of_the_graph_are(name, tmp_path):
+    cnn = nets.build("vgg-mini", classes=10, size=12)
+    layers = {name if key == "readout" else key: module for key, module in cnn.named_children()}
+    snn = to_spiking(nn.Sequential(OrderedDict(layers)).eval(), IMAGES, steps=1)
+    graph = to_nir(snn, tmp_path / "net.nir", IMAGES)
+    last = dict(edge[::-1] for edge in graph.edges)["output"]
+    assert graph.nodes[last].weight.shape[0] == 10
+    assert len(graph.edges) == len(graph.nodes) - 1
 
 
 def test_a_sum_pool_at_the_end_is_refused(tmp_path):

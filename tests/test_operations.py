@@ -325,4 +325,6 @@ def test_values_before_a_max_pool_are_the_neurons_as_before_an_average_pool():
         cnn = nets.build("vgg-mini", classes=10, channels=1, size=28, pool=pool).eval()
         found = measure(to_spiking(cnn, images, steps=2), [(images, torch.zeros(8))], steps=2, device="cpu")
         values.append([operation.values for operation in found.operations])
-    assert values[0] == values[1]
+        inputs = [operation.inputs for operation in found.operations]
+        assert inputs == [28 * 28, 16 * 14 * 14, 32 * 14 * 14, 32 * 7 * 7, 64 * 3 * 3]
+    assert values[0] == values[1] == [28 * 28, 16 * 28 * 28, 32 * 14 * 14, 32 * 14 * 14, 64 * 7 * 7]

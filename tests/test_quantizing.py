@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unitstep import nets, to_spiking
+from unitstep import nets, to_onnx, to_spiking
 from unitstep.calibration import record
 from unitstep.fusing import Fire
 from unitstep.quantizing import centre_thresholds_, quantize
@@ -172,3 +172,45 @@ def test_neurons_without_a_layer_before_them_fire_alike(kind):
         wanted, logits = fused(images), quantize(fused)(images)
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
     assert wanted.std(0).min() > 1e-2  # images differ
+
+
+class Computed(nn.Module):
+    """A parameter that is reshaped on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.pixels, self.gamma = nets.Normalize([100], [0.03]), nn.Parameter(torch.rand(4) + 0.5)
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(self.pixels(x)))
+        x = torch.relu(self.b(x * self.gamma.view(1, -1, 1, 1)))
+        return self.c(x.mean((2, 3)))
+
+
+def test_an_operation_on_constants_alone_is_refused_by_name(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randint(256, (8, 3, 12, 12), dtype=torch.uint8)
+    snn = to_spiking(Computed().eval(), images, steps=1)
+    with pytest.raises(ValueError, match="view view"):
+        to_onnx(snn, tmp_path / "net.onnx", images)
+    to_onnx(snn, tmp_path / "net.onnx", images, form="float")
+
+
+class Wide(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("last", [nn.Linear, Wide])
+def test_padding_in_words_and_windows_of_one_number(last, tmp_path):
+    torch.manual_seed(0)
+    cnn = nn.Sequential(
+        nets.Normalize([100], [0.03]), nn.Conv2d(3, 4, 3, padding="same", dilation=2), nn.ReLU(), nn.AvgPool2d((2,)),
+        nn.Conv2d(4, 4, 3, padding="valid"), nn.ReLU(), nn.Flatten(), last(64, 3),
+    )  # fmt: skip
+    images = torch.randint(256, (8, 3, 12, 12), dtype=torch.uint8)
+    snn = to_spiking(cnn.eval(), images, steps=1, leaf_modules=(Wide,))
+    with torch.no_grad():
+        torch.testing.assert_close(snn.fuse(images)(images), snn(images))
+    if last is nn.Linear:
+        assert not to_onnx(snn, tmp_path / "net.onnx", images).in_float

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from unitstep.conversion import LeafModules, MaxPool, Norm, Readout, Spiking, spiking, trace
+from unitstep.evaluation import ieee
 from unitstep.fusing import BATCH_NORMS
 from unitstep.neuron import LIF, Height, check_steps, read_out, repeat
 from unitstep.recipes import STRATEGIES, Thresholds, check_percentile
@@ -27,6 +28,7 @@ SAMPLE = 1 << 18  # values of a layer's current that the "mse" strategy, or a pi
 ROWS = 320  # images times steps that a report works on at a time
 
 
+@ieee()
 def to_spiking(
     cnn: nn.Module,
     images: Tensor,
@@ -91,6 +93,7 @@ def _check_trace(cnn: nn.Module, traced: nn.Module, images: Tensor) -> None:
         )
 
 
+@ieee()
 @torch.no_grad()
 def calibrate_(
     snn: Spiking,
@@ -158,7 +161,8 @@ def calibrate_(
                 row.found += f" × {scale:g}"
             V = torch.where(V > 0, V * scale, 0.1)
             if row.cap is not None and (row.cap < V).any():
-                V, row.found = V.clamp(max=row.cap), "cap"
+                row.found = "cap" if (row.cap < V).all() else f"{row.found}, at most the cap"
+                V = V.clamp(max=row.cap)
             row.threshold = V.mean().item()
             lif.threshold = nn.Parameter(V.to(lif.threshold), requires_grad=lif.threshold.requires_grad)
             lif.leak.fill_(1.0)
@@ -172,7 +176,7 @@ def calibrate_(
     if dead := [name for name in snn.lifs if name not in sweep.alive]:
         way_out = "a lower percentile or scale lowers its threshold"
         message = f"layer {', '.join(dead)} emits no spike on the calibration images: {way_out}"
-        warnings.warn(message, stacklevel=3)  # 3: `no_grad` has a frame of its own
+        warnings.warn(message, stacklevel=4)  # `ieee` and `no_grad` have frames of their own
     return snn
 
 

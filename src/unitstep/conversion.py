@@ -631,7 +631,7 @@ class _Conversion:
             self._size(node)
             self.rows[node].became = "size"
             return
-        inputs = [source for source in node.all_input_nodes if self.axis.get(source) in ("images", "time", "logits")]
+        inputs = [source for source in node.all_input_nodes if self.axis.get(source) in ("images", "time")]
         if not inputs:  # computed from constants alone
             self.axis[node] = "none"
             self.rows[node].became = "constant"
@@ -641,9 +641,7 @@ class _Conversion:
         self.axis[node], self.values[node] = axis, ANALOG
         if self.rows[node].became or not self._sizes_fit(node, axis):  # refused
             return
-        if axis == "logits":
-            self.rows[node].became = "kept, after the readout"
-        elif isinstance(module, nn.Module) and (node.target in self.leaf_modules or what in self.leaf_modules):
+        if isinstance(module, nn.Module) and (node.target in self.leaf_modules or what in self.leaf_modules):
             self.rows[node].became = "kept whole as a leaf module, run at each step"
             self._repeat(node, inputs)
         elif (bounds := _bounds(node, module)) is not None:
@@ -814,7 +812,7 @@ class _Conversion:
         index = node.args[1] if len(node.args) > 1 else None
         owner = self.axis.get(source)
         if node.target is getattr or node.op == "call_method":
-            if owner not in ("images", "time", "logits"):  # of weights
+            if owner not in ("images", "time"):  # of weights
                 return
             if node.target == "dim" or index in ("ndim", "dtype", "device"):
                 return

@@ -1,13 +1,13 @@
 """What counted operations would cost in energy, by models of hardware. Knows nothing of networks.
 
-A model is a function of one layer's counts (a row of "operations" in measure.json), the timesteps, and the number of
-all weights; it gives picojoules per image. Figures are for 45 nm at 0.9 V (M. Horowitz, "Computing's energy problem",
+A model takes one layer's counts (a row of "operations" in measure.json), the timesteps, and the number of all weights;
+it gives picojoules per image. Figures are for 45 nm at 0.9 V (M. Horowitz, "Computing's energy problem",
 ISSCC 2014): fp32 multiplication 3.7 and addition 0.9, int8 multiplication 0.2, int32 addition 0.1, 64 bits from 1 MB
 of SRAM 100 and from DRAM 1300 pJ. No model is a measurement: none knows of control, clocks, leakage or idle parts.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,47 +44,72 @@ class Energy:
         )
 
 
-Model = Callable[[Layer, int, int], Energy]
+@dataclass(frozen=True)
+class Model:
+    """A layer's counts, the timesteps, the number of all weights → picojoules per image."""
+
+    about: str
+    """What it counts and leaves out."""
+    mac: float
+    add: float
+    """Of a multiply-accumulate and of an accumulation in the spiking network. The CNNs' are those for 45 nm."""
+    additions: str = "additions"
+    """Which count of additions: of every spike, or "additions_by_rate"."""
+    memory: bool = False
+    """Whether the traffic to memory is added."""
+
+    def __call__(self, layer: Layer, steps: int, weights: int) -> Energy:
+        macs = layer["macs"]
+        computed = Energy(
+            FP32_MAC * macs, INT8_MAC * macs, self.mac * layer["multiplied"], self.add * layer[self.additions]
+        )
+        return computed + _traffic(layer, steps, weights) if self.memory else computed
 
 
-def paper(layer: Layer, steps: int, weights: int) -> Energy:
-    """Compute alone, 32-bit, as arXiv 2110.05929 counts: 4.6 pJ for a multiply-accumulate and 0.9 for an accumulation,
-    of which a layer has spikes per neuron before it × its multiply-accumulates. No memory, no borders."""
-    return _compute(FP32_MAC, FP32_ADD, layer, "additions_by_rate")
-
-
-def exact(layer: Layer, steps: int, weights: int) -> Energy:
-    """As the paper's model, but with every spike counted to each output that it reaches; k² that enter an average pool
-    are k², where the paper's formula has their mean."""
-    return _compute(FP32_MAC, FP32_ADD, layer)
-
-
-def int8(layer: Layer, steps: int, weights: int) -> Energy:
-    """Compute alone, with 8-bit weights: 0.3 pJ for a multiply-accumulate, 0.1 for an accumulation, summed in 32 bits;
-    spikes counted exactly. The rival to look at is the 8-bit CNN."""
-    return _compute(INT8_MAC, INT8_ADD, layer)
-
-
-def memory(layer: Layer, steps: int, weights: int) -> Energy:
-    """The int8 model and the traffic of one image: weights are read once per pass, from DRAM if all of them exceed
-    1 MB, else from SRAM; what enters a layer was written to SRAM and is read from it: 4 bytes in the fp32 CNN, 1 in the
-    8-bit one, 1 bit for a spike. Above one timestep there are T passes behind the first neurons, and the membranes
-    whose spikes enter the layer are read and written at each, 4 bytes. What enters several layers counts for each of
-    them. All layers' values are taken to fit into SRAM."""
-    computed = int8(layer, steps, weights)
+def _traffic(layer: Layer, steps: int, weights: int) -> Energy:
     static, analog = layer["static"], layer["input"] == "analog"
+    neurons = layer["values"]
+    inputs = layer.get("inputs", neurons)  # which files of before 2026-11-28 do not tell
 
-    def traffic(weight_bytes: float, value_bytes: float, passes: int) -> float:
+    def moved(weight_bytes: float, values: float, value_bytes: float, passes: int) -> float:
         place = DRAM if weights * weight_bytes > SRAM_BYTES else SRAM
-        one: float = layer["weights"] * weight_bytes * place + layer["values"] * value_bytes * SRAM
+        one: float = layer["weights"] * weight_bytes * place + values * value_bytes * SRAM
         return passes * one
 
-    membranes = 0.0 if analog or steps == 1 else steps * layer["values"] * 8 * SRAM
-    return computed + Energy(  # values are written and read; what is static is taken for pixels, only read, a byte each
-        traffic(4, 1 if static else 8, 1),
-        traffic(1, 1 if static else 2, 1),
-        traffic(1, 1 if static else 2 if analog else 2 / 8, 1 if static else steps) + membranes,
+    membranes = 0.0 if analog or steps == 1 else steps * neurons * 8 * SRAM
+    return Energy(  # values are written and read; what is static is taken for pixels, only read, a byte each
+        moved(4, inputs, 1 if static else 8, 1),
+        moved(1, inputs, 1 if static else 2, 1),
+        moved(1, neurons, 1 if static else 2 if analog else 2 / 8, 1 if static else steps) + membranes,
     )
+
+
+MODELS: dict[str, Model] = {
+    "paper": Model(
+        "Compute alone, 32-bit, as arXiv 2110.05929 counts: 4.6 pJ for a multiply-accumulate and 0.9 for an "
+        "accumulation, of which a layer has spikes per neuron before it × its multiply-accumulates. No memory, no "
+        "borders.",
+        FP32_MAC, FP32_ADD, "additions_by_rate",
+    ),
+    "exact": Model(
+        "As the paper's model, but with every spike counted to each output that it reaches; k² that enter an average "
+        "pool are k², where the paper's formula has their mean.",
+        FP32_MAC, FP32_ADD,
+    ),
+    "int8": Model(
+        "Compute alone, with 8-bit weights: 0.3 pJ for a multiply-accumulate, 0.1 for an accumulation, summed in 32 "
+        "bits; spikes counted exactly. The rival to look at is the 8-bit CNN.",
+        INT8_MAC, INT8_ADD,
+    ),
+    "memory": Model(
+        "The int8 model and the traffic of one image: weights are read once per pass, from DRAM if all of them exceed "
+        "1 MB, else from SRAM; what enters a layer was written to SRAM and is read from it: 4 bytes in the fp32 CNN, "
+        "1 in the 8-bit one, 1 bit for each spike, those before a pool if one is between. Above one timestep there are "
+        "T passes behind the first neurons, and the membranes whose spikes enter the layer are read and written at "
+        "each, 4 bytes. What enters several layers counts for each of them. All layers' values are taken to fit into SRAM.",
+        INT8_MAC, INT8_ADD, memory=True,
+    ),
+}  # fmt: skip
 
 
 def own(multiply: float, add: float) -> Model:
@@ -92,29 +117,12 @@ def own(multiply: float, add: float) -> Model:
     spiking network. The CNNs keep the figures for 45 nm. ValueError if one is not above 0."""
     if not (0 < multiply < math.inf and 0 < add < math.inf):
         raise ValueError(f"energies are above 0, unlike {multiply} or {add} pJ")
-
-    def model(layer: Layer, steps: int, weights: int) -> Energy:
-        return _compute(multiply, add, layer)
-
-    model.__doc__ = (
+    return Model(
         f"Compute alone, in the spiking network {multiply:g} pJ for a multiply-accumulate and {add:g} for an "
         f"accumulation; but in the CNNs {FP32_MAC:g} (fp32) and {INT8_MAC:g} (int8), at 45 nm: ratios hold for figures "
-        "at 45 nm only."
-    )
-    return model
-
-
-def _compute(multiply: float, add: float, layer: Layer, additions: str = "additions") -> Energy:
-    macs = layer["macs"]
-    return Energy(FP32_MAC * macs, INT8_MAC * macs, multiply * layer["multiplied"], add * layer[additions])
-
-
-def about(model: Model) -> str:
-    """What a model says of itself, in one line."""
-    return " ".join((model.__doc__ or "").split())
-
-
-MODELS: dict[str, Model] = {"paper": paper, "exact": exact, "int8": int8, "memory": memory}
+        "at 45 nm only.",
+        multiply, add,
+    )  # fmt: skip
 
 
 def per_layer(stage: Mapping[str, Any], model: Model) -> list[Energy]:

@@ -191,7 +191,7 @@ def energies(group: Group, models: Mapping[str, energy.Model]) -> dict[str, Any]
         totals = [energy.total(stage, model) for stage in stages]
         layers = energy.per_layer(stages[-1], model)
         found[name] = {
-            "about": energy.about(model),
+            "about": model.about,
             "steps": [name_of(stage["steps"]) for stage in stages],
             "layers": [layer["name"] for layer in stages[-1]["operations"]],
             "totals": [[getattr(total, kind) / 1e6 for total in totals] for kind in ("cnn_fp32", "cnn_int8", "snn")],

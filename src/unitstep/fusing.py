@@ -197,6 +197,11 @@ def _plain(module: nn.Module) -> nn.Module:
     """A copy without forward hooks. What `module` computes from other tensors, as weight norm does, is a parameter."""
     computed_by_hooks = (x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor))
     plain = copy.deepcopy(module, {id(x): x.detach().clone() for x in computed_by_hooks})
+    if isinstance(plain, nn.Conv1d | nn.Conv2d) and isinstance(plain.padding, str):  # in numbers, where sides are equal
+        same = plain.padding == "same"
+        both = [d * (k - 1) * same for d, k in zip(plain.dilation, plain.kernel_size, strict=True)]
+        if not any(number % 2 for number in both):
+            plain.padding = tuple(number // 2 for number in both)
     for part in plain.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
@@ -272,24 +277,10 @@ def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) 
         if len(node.meta["tensor_meta"].shape) == (3 if one_dimension else 4):  # of [B, F], a pool joins features
             return given[0]  # each channel for itself
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):  # C·k features, k per channel
-        return given[0] if all(isinstance(module_of(net, user), nn.Linear) for user in node.users) else None
+        return given[0] if all(sums_channels(net, user) for user in node.users) else None
     if joins_channels(node):
-        channels = [_channels(net, source) for source in sources]
-        if None not in channels:
-            return torch.cat([height.expand(n) for height, n in zip(given, channels, strict=True)])  # type: ignore[arg-type]
-    return None
-
-
-def _channels(net: fx.GraphModule, node: fx.Node) -> int | None:
-    """How many channels a value has, as far as the layers before it say so."""
-    module = module_of(net, node)
-    if isinstance(module, CONVOLUTIONS):
-        return module.out_channels
-    if isinstance(module, (Fire, *POOLS, *BATCH_NORMS)):
-        return _channels(net, node.all_input_nodes[0])
-    if joins_channels(node):
-        channels = [_channels(net, source) for source in parts(node)]
-        return None if None in channels else sum(count for count in channels if count is not None)
+        channels = [source.meta["tensor_meta"].shape[1] for source in sources]
+        return torch.cat([height.expand(n) for height, n in zip(given, channels, strict=True)])
     return None
 
 

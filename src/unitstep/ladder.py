@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from unitstep.calibration import calibrate_, record, to_spiking, watching
 from unitstep.conversion import Spiking
 from unitstep.data import Split, load_train, mix
-from unitstep.evaluation import accuracy, choose_device, forward, ieee
+from unitstep.evaluation import accuracy, choose_device, forward
 from unitstep.files import remove_unfinished, write_json
 from unitstep.fusing import per_channel, refuse_hooks
 from unitstep.neuron import LIF, clamp_, compiled, compiler_available
@@ -218,7 +218,6 @@ class Converted:
     """Percent of the validation images: of the CNN, and of `snn` without any training."""
 
 
-@ieee()
 def convert(
     recipe: Recipe,
     out: str | Path,
@@ -386,8 +385,7 @@ class _Fit:
         if fresh:
             images = calibration_images(recipe, self.train)
             steps, options = self.stage.steps or 1, finding(recipe)
-            with ieee():
-                calibrate_(snn.to(self.device), images.to(self.device), steps=steps, refresh_norms=True, **options)
+            calibrate_(snn.to(self.device), images.to(self.device), steps=steps, refresh_norms=True, **options)
         return snn
 
     def _warn_of_silence(self, snn: nn.Module) -> None:

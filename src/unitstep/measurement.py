@@ -76,8 +76,10 @@ class OperationMeasurement:
     additions_by_rate: float
     """The paper's formula: spikes per neuron of the layers that feed it, times `macs`."""
     weights: int
+    inputs: int
+    """Numbers of its input."""
     values: int
-    """Neurons that feed it, or numbers of its analog input."""
+    """Neurons that feed it, which are more where a pool is between, or numbers of its analog input."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def _cost(operation: Operation, spikes: dict[str, Tensor], images: int, steps: i
         multiplied=o.macs * (1 if o.static else steps) if analog else 0,
         additions=o.additions(spikes) / images,
         additions_by_rate=0.0 if analog else _rate(o.neurons, spikes, images) * o.macs,
-        weights=o.weights, values=o.values,
+        weights=o.weights, inputs=o.inputs, values=o.values,
     )  # fmt: skip
 
 

@@ -68,6 +68,8 @@ class _Writer:
         refused, behind = [], set[fx.Node]()  # behind: what follows from an operation that is refused
         for node in self.net.graph.nodes:
             module = module_of(self.net, node)
+            if node.op != "output" and node.name in (INPUT, OUTPUT):  # names of the graph's own
+                node.name = f"{node.name}_layer"
             if behind.intersection(node.all_input_nodes):
                 behind.add(node)
                 continue

@@ -16,7 +16,9 @@ Source: arXiv 2008.03658 and arXiv 2110.05929.
 
 import contextlib
 import math
+import operator
 import os
+import shlex
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,8 @@ def compiler_available(device: torch.device) -> bool:
 
         return bool(has_triton())
     headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return shutil.which(os.environ.get("CXX", "g++")) is not None and headers.exists()
+    compiler, *_ = shlex.split(os.environ.get("CXX", "")) or ["g++"]  # "ccache g++" is one, too
+    return shutil.which(compiler) is not None and headers.exists()
 
 
 def membranes(
@@ -306,9 +309,10 @@ class LIF(nn.Module):
 
 def check_steps(steps: int) -> int:
     """Return `steps` if it is a whole number of timesteps, at least 1; else raise ValueError."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    whole = isinstance(steps, SupportsIndex) and not isinstance(steps, bool)  # as NumPy's integers are
+    if not whole or (number := operator.index(steps)) < 1:
         raise ValueError(f"steps must be a whole number of timesteps, 1 or more, not {steps!r}")
-    return steps
+    return number
 
 
 def clamp_(net: nn.Module) -> None:

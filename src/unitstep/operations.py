@@ -40,8 +40,11 @@ class Operation:
     """Multiply-accumulates of one timestep, those with padding included, as usual."""
     weights: int
     """Weights and biases."""
+    inputs: int
+    """Numbers of its input at one timestep, which is what an ordinary network reads."""
     values: int
-    """Values that it reads at one timestep: neurons that feed it, or numbers of its input."""
+    """Values that it reads at one timestep: neurons that feed it, which are more where a pool is between, or `inputs`
+    if that is analog."""
     neurons: tuple[str, ...] = ()
     """Neuron layers that feed it."""
     fan_out: dict[str, Tensor] = field(default_factory=dict)
@@ -147,7 +150,7 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         spikes = self.spikes.get(source)
         known = isinstance(module, (*CONVOLUTIONS, nn.Linear)) or functional
         if spikes is None or not known or bool((given[spikes.number == 0] != 0).any()):
-            self.found.append(Operation(node.name, "analog", static, macs, weights, given.numel()))
+            self.found.append(Operation(node.name, "analog", static, macs, weights, given.numel(), given.numel()))
             return
         with torch.enable_grad():
             reached = self._reached(node, module, spikes.number).sum()
@@ -155,7 +158,9 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         maps = torch.autograd.grad(reached, sources, retain_graph=True)
         fan_out = {name: of_rows(found.round().long()) for name, found in zip(spikes.sources, maps, strict=True)}
         fed = sum(self.neurons[name] for name in spikes.neurons)
-        self.found.append(Operation(node.name, spikes.kind, static, macs, weights, fed, spikes.neurons, fan_out))
+        self.found.append(
+            Operation(node.name, spikes.kind, static, macs, weights, given.numel(), fed, spikes.neurons, fan_out)
+        )
 
     def _reached(self, node: fx.Node, module: nn.Module | None, number: Tensor) -> Tensor:
         """The layer with all weights 1, without a bias."""

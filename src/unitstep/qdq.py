@@ -115,6 +115,8 @@ class _Integer:
         """Write one operation; None if there is no form of it here."""
         given = [self.values[source] for source in node.all_input_nodes if source in self.values]
         name, write = node.name, self.writer
+        if not given:  # of constants alone
+            return None
         if isinstance(module, nn.Identity):
             return given[0]
         if isinstance(module, Centre):

@@ -254,7 +254,7 @@ class _Quantization:
         if len(given) != 1 or not (isinstance(module, nn.MaxPool2d) or flattens(node, module)):
             return None
         if given[0].unit.dim() and flattens(node, module):  # C·k features, which a linear layer takes as such
-            return given[0] if all(isinstance(module_of(self.net, user), nn.Linear) for user in node.users) else None
+            return given[0] if all(sums_channels(self.net, user) for user in node.users) else None
         return given[0]
 
 
@@ -276,4 +276,4 @@ def divides_by_window(pool: nn.AvgPool2d) -> bool:
 
 def pair(size: Any) -> tuple[int, int]:
     """What torch takes for both dimensions, or for each."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])

@@ -83,12 +83,12 @@ def _verdict(group: Group) -> str:
     else:
         text += "."
     if last["operations"]:
-        full, short = energy.total(last, energy.exact), energy.total(last, energy.int8)
+        full, short, moved = (energy.total(last, energy.MODELS[name]) for name in ("exact", "int8", "memory"))
         whose = "Its" if len(group.runs) == 1 else f"{group.runs[0].path.name}'s"
         text += (
             f" {whose} operations would cost {_times(full.cnn_fp32, full.snn)} energy than the CNN's in fp32, and "
             f"{_times(short.cnn_int8, short.snn)} in 8 bits: counted with every spike, at figures for 45 nm, without "
-            "memory; not measured."
+            f"memory; with memory {_times(moved.cnn_int8, moved.snn)} in 8 bits. Not measured."
         )
     return text
 

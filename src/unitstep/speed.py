@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from unitstep.conversion import Spiking
-from unitstep.evaluation import choose_device, forward
+from unitstep.evaluation import choose_device, forward, ieee
 from unitstep.exporting import onnx_of, to_onnx
 from unitstep.running import KEY, Runtime, first_line, open_model
 from unitstep.runs import Run
@@ -51,6 +51,7 @@ class Speed:
     GPU."""
 
 
+@ieee()
 def time_run(
     run: Run, images: Tensor, *, device: str = "auto", batches: tuple[int, ...] = (16, 64, 256), progress: Any = None
 ) -> tuple[Speed, ...]:
@@ -102,6 +103,7 @@ def time_run(
     return tuple(speeds)
 
 
+@ieee()
 def time_one(nets: Sequence[tuple[Spiking, int]], images: Tensor, device: torch.device) -> list[float]:
     """Median seconds of each network at its timesteps for the first of `images` [B, C, H, W], in PyTorch, in one
     race."""

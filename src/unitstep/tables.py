@@ -119,7 +119,7 @@ def _energy_table(group: Group, models: Mapping[str, energy.Model]) -> Table:
         "int8 ÷ SNN",
         "break-even rate",
     )
-    assumptions = " ".join(f"{name}: {energy.about(model)}" for name, model in models.items())
+    assumptions = " ".join(f"{name}: {model.about}" for name, model in models.items())
     note = (
         "Microjoules per image; none is a measurement. Break-even rate: spikes per neuron at which the int8 CNN costs "
         f"as much; above T, which no neuron reaches, the network is cheaper at any rate. {assumptions}"
@@ -137,7 +137,7 @@ def ratio_table(group: Group, models: Mapping[str, energy.Model]) -> Table:
         totals = (energy.total(stage, model) for model in models.values())
         ratios = (f"{total.cnn_fp32 / total.snn:.1f} / {total.cnn_int8 / total.snn:.2f}" for total in totals)
         rows.append((name_of(stage["steps"]), *(f"{number / 1e6:.2f} M" for number in sums), *ratios))
-    note = "\n".join(f"{name}: {energy.about(model)}" for name, model in models.items())
+    note = "\n".join(f"{name}: {model.about}" for name, model in models.items())
     return Table(
         "Energy of the CNN (fp32 / int8) ÷ energy of this network, by model; none is a measurement",
         ("network", "multiplications", "additions", *models), rows, note,
