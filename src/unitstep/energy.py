@@ -106,7 +106,8 @@ MODELS: dict[str, Model] = {
         "1 MB, else from SRAM; what enters a layer was written to SRAM and is read from it: 4 bytes in the fp32 CNN, "
         "1 in the 8-bit one, 1 bit for each spike, those before a pool if one is between. Above one timestep there are "
         "T passes behind the first neurons, and the membranes whose spikes enter the layer are read and written at "
-        "each, 4 bytes. What enters several layers counts for each of them. All layers' values are taken to fit into SRAM.",
+        "each, 4 bytes. What enters several layers counts for each of them. All layers' values are taken to fit into "
+        "SRAM.",
         INT8_MAC, INT8_ADD, memory=True,
     ),
 }  # fmt: skip
