@@ -60,6 +60,8 @@ def measure(run: Run, images: int, rate_images: int, bf16: bool) -> dict[str, An
         raise ValueError(f"{RECORD} is of another run or number of images: move it away")
     with torch.no_grad():
         cnn_right = sum(int((cnn(x).argmax(1) == y).sum()) for x, y in batches(val, images))
+    if found and abs(found["cnn_accuracy"] - 100 * cnn_right / images) > 0.2:
+        raise ValueError(f"{RECORD} is of another CNN, trained anew or elsewhere: move the record away")
     found |= {
         "schema": 1,
         "recipe": about.to_dict(),

@@ -28,10 +28,10 @@ Choices within a run are made on validation images; the authors chose the best e
 ## The paper's table
 
 Paper: arXiv 2110.05929. **Bold** figures are in its abstract (its later version, ECCV 2022, states 69.00 % for
-ImageNet); the others are from memory and have not been checked. Our VGG16 rows are not the paper's recipe: batch norm
-is kept, the input whitened, squares are painted over, the CNN's outputs distilled, epochs are fewer, and
-`cifar10-vgg16-conv` has no hidden linear layers ([recipes](recipes.md)). The recipe that follows the paper has not been
-run. Figures from a GPU before commit 27eadc5 (the column *commit* below), `cifar10-quick-long` and `cifar10-vgg16`,
+ImageNet); those in brackets are from memory, and nobody here has checked them. Our VGG16 rows are not the paper's
+recipe: batch norm is kept, the input whitened, squares are painted over, the CNN's outputs distilled, epochs are fewer,
+and `cifar10-vgg16-conv` has no hidden linear layers ([recipes](recipes.md)). The recipe that follows the paper has not
+been run. Figures from a GPU before commit 27eadc5 (last column below), of `cifar10-quick-long` and `cifar10-vgg16`,
 were probably measured in TF32: in fp32 and in integers the former has 92.68 % at T = 1.
 
 | data | network | from | CNN | T = 5 | T = 4 | T = 3 | T = 2 | T = 1 |
@@ -67,9 +67,9 @@ def _paper(records: dict[str, dict[str, Any]]) -> str:
         ours.setdefault((run["data"]["source"], run["recipe"]["net"]), []).append((name, found))
     text = ""
     for (data, net), (accuracies, in_abstract) in PAPER.items():
-        cells = [f"{accuracy:.2f}" for accuracy in accuracies]
+        cells = [f"({accuracy:.2f})" for accuracy in accuracies]
         if in_abstract:
-            cells[-1] = f"**{cells[-1]}**"
+            cells[-1] = f"**{accuracies[-1]:.2f}**"
         text += f"| {NAMES[data]} | {NAMES[net]} | paper | {' | '.join(cells)} |\n"
         same, conv = ours.get((data, net), []), ours.get((data, f"{net}-conv"), [])
         text += "".join(_ours(f"unitstep, {name}, n = {found['n']}", found["stages"]) for name, found in same + conv)

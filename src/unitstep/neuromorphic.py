@@ -45,7 +45,7 @@ def to_nir(
     try:
         import nir
     except ImportError as error:
-        raise ValueError('nir is not installed here: pip install "unitstep[nir]"') from error
+        raise ValueError("nir is not installed here: pip install nir") from error
     net = snn.fuse(images).cpu()
     writer = _Writer(net, nir, pools == "sum")
     graph = writer.run()

@@ -101,7 +101,7 @@ def installed(libraries: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         try:
             yield name, version(name)
         except PackageNotFoundError as error:
-            way = 'pip install "unitstep[bench]" and pip install --no-deps spikingjelly norse'
+            way = "pip install -c constraints.txt -e '.[bench]', then the same with --no-deps spikingjelly norse"
             raise ValueError(f"{name} takes part but is not installed: {way}") from error
 
 

@@ -86,9 +86,10 @@ def _verdict(group: Group) -> str:
         full, short, moved = (energy.total(last, energy.MODELS[name]) for name in ("exact", "int8", "memory"))
         whose = "Its" if len(group.runs) == 1 else f"{group.runs[0].path.name}'s"
         text += (
-            f" {whose} operations would cost {_times(full.cnn_fp32, full.snn)} energy than the CNN's in fp32, and "
-            f"{_times(short.cnn_int8, short.snn)} in 8 bits: counted with every spike, at figures for 45 nm, without "
-            f"memory; with memory {_times(moved.cnn_int8, moved.snn)} in 8 bits. Not measured."
+            f" {whose} operations, every spike counted, and their memory traffic would cost "
+            f"{_times(moved.cnn_int8, moved.snn)} energy than those of the CNN in 8 bits; without memory "
+            f"{_times(short.cnn_int8, short.snn)}, and {_times(full.cnn_fp32, full.snn)} than the CNN in fp32: at "
+            "figures for 45 nm, not measured."
         )
     return text
 

@@ -55,8 +55,7 @@ def open_model(source: str | Path | bytes, runtime: Runtime = "onnxruntime", *, 
         about = json.loads({entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}[KEY])
         run = _onnxruntime(content, threads) if runtime == "onnxruntime" else _openvino(content, threads)
     except ImportError as error:
-        extra = "unitstep[openvino]" if runtime == "openvino" else "unitstep"
-        raise ValueError(f'{runtime} is not installed here ({error}): pip install "{extra}"') from error
+        raise ValueError(f"{runtime} is not installed here ({error}): pip install {runtime}") from error
     except (KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{name} is an ONNX file, but not one that unitstep exported") from error
     except Exception as error:  # each library has its own

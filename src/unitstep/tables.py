@@ -254,13 +254,10 @@ def _paper_table(group: Group) -> Table | None:
         return None
     accuracies, stated = found
     ours = {row["steps"]: row["test_accuracy"] for row in group.stages}
-    cells = [f"{accuracy:.2f}" for accuracy in accuracies]
+    cells = [f"({accuracy:.2f})" for accuracy in accuracies]
+    cells[-1] = f"{accuracies[-1]:.2f}" if stated else cells[-1]
     mine = [cell(ours[steps][0], 2, ours[steps][1]) if steps in ours else "not run" for steps in PAPER_STEPS]
-    note = (
-        "The paper's T = 1 is in its abstract; its other figures are from memory and have not been checked."
-        if stated
-        else "From memory; not checked."
-    )
+    note = "In brackets: from memory, not checked. " + "The paper's T = 1 is in its abstract." * stated
     return Table(
         "The paper's row", ("", *map(name_of, PAPER_STEPS)), [("arXiv 2110.05929", *cells), ("this", *mine)], note
     )
