@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from tests.architectures import ARCHITECTURES, build, has_max_pool, randomise_
 from tests.simulation import simulate
-from unitstep import Spiking, record, to_spiking
+from unitstep import Spiking, record, to_onnx, to_spiking
 from unitstep.conversion import _is_users
+from unitstep.measurement import measure
 
 STEPS = (1, 2, 5)
 AWAKE: dict[str, Any] = {  # thresholds at which every layer spikes
@@ -890,6 +891,25 @@ def test_own_shapes(norm, thresholds):
     for name, layer in seen.items():
         per_image = layer.spikes.sum().item() / len(IMAGES)
         assert snn.report[name].rate == pytest.approx(per_image / math.prod(snn.report[name].shape))
+
+
+def test_own_shapes_are_measured_and_exported(tmp_path):
+    cnn, images = randomise_(OwnShapes()).eval(), IMAGES.float()
+    snn = to_spiking(cnn, images, **{**AWAKE, "thresholds": "percentile"})
+    found = measure(snn, [(images, torch.zeros(len(images)))], steps=1, device="cpu")
+    assert {layer.name: layer.neurons for layer in found.layers}["relu_2"] == 1
+    assert to_onnx(snn, tmp_path / "net.onnx", images, form="float").changed == 0
+
+
+def test_one_dimension_is_measured():
+    cnn = nn.Sequential(
+        nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(4, 4, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(28, 3),
+    )  # fmt: skip
+    signals = torch.randn(8, 2, 20)
+    snn = to_spiking(randomise_(cnn).eval(), signals, steps=2)
+    found = measure(snn, [(signals, torch.zeros(8))], steps=2, device="cpu")
+    assert [layer.neurons for layer in found.layers] == [72, 28]
 
 
 class Mixer(nn.Module):

@@ -333,6 +333,16 @@ def test_calibration_errors(options, message):
         plainly(Shared(), IMAGES, **options)
 
 
+def test_a_refused_calibration_leaves_training_mode():
+    snn = spiking(Shared())
+    snn.train()
+    with pytest.raises(ValueError, match="fails"):
+        calibrate_(snn, torch.rand(4, 5, 8, 8), steps=2)
+    assert snn.training
+    with pytest.raises(KeyError, match="no_such"):
+        snn.report["no_such"]
+
+
 def test_calling_with_no_steps_is_refused():
     snn = spiking(Shared())
     for steps in (0, -1, 1.5, True):

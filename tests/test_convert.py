@@ -88,11 +88,22 @@ class Twice(Net):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
+class Viewing(nn.Module):
+    # as tutorials flatten, which is impossible where values lie in memory in another order
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1), nn.Linear(16 * 49, 10)
+
+    def forward(self, x):
+        x = F.relu(self.b(F.relu(self.a(x))))
+        return self.fc(x.view(x.size(0), -1))
+
+
 def broken():
     raise RuntimeError("no licence")
 
 
-gated, branching, twice = Gated, Branching, Twice
+gated, branching, twice, viewing = Gated, Branching, Twice, Viewing
 number = 3
 """
 FASHION = ["--data", "fashion-mini", "--size", "28", "--channels", "1", "--threads", "1", "--calibration-images", "64"]
@@ -195,6 +206,16 @@ def test_errors_say_what_is_wrong(folder, capsys, arguments, message):
 def test_probabilities_are_not_trained_on(folder, capsys):
     assert main(["train", "fashion-mini", "--net", "mynet:soft", "--out", "runs/x"]) == 1
     assert "gives probabilities: it ends in a softmax" in capsys.readouterr().err
+
+
+def test_a_network_that_calls_view_is_trained_converted_and_measured(folder):
+    given = ["--size", "28", "--channels", "3", "--threads", "1"]
+    epochs = ["--stages.0.epochs", "0.02", *SHORT]
+    assert main(["train", "fashion-mini", "--net", "mynet:viewing", "--out", "runs/x", *given, *epochs]) == 0
+    assert main(["measure", "runs/x", "--threads", "1", "--no-speed"]) == 0
+    assert Run("runs/x").measurement["stages"][-1]["steps"] == 1
+    arguments = ["convert", "mynet:viewing", "--data", "fashion-mini", "--out", "runs/y", *given, *SHORT]
+    assert main([*arguments, "--calibration-images", "64"]) == 0
 
 
 def test_what_does_not_convert_is_not_trained_first(folder, capsys):

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import onnx
@@ -406,6 +407,13 @@ class CalledLogits(nn.Module):
 
     def forward(self, x):
         return self.logits(self.p(self.r(self.c(self.n(x)))).flatten(1))
+
+
+def test_neurons_are_not_called_as_the_output_is(tmp_path):
+    layers = OrderedDict(a=nn.Conv2d(3, 4, 3), logits=nn.ReLU(), flat=nn.Flatten(), b=nn.Linear(400, 3))
+    snn = to_spiking(nn.Sequential(layers).eval(), torch.rand(4, 3, 12, 12), steps=1)
+    with pytest.raises(ValueError, match="neurons are called logits"):
+        to_onnx(snn, tmp_path / "net.onnx", torch.rand(4, 3, 12, 12), form="float")
 
 
 def test_a_layer_may_be_called_logits(tmp_path):

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.pilots import watched
 from tests.small import small
 from tests.test_data import write_images
 from unitstep import Run, Stage, evaluation, ladder, load, measure_run, recipe, runs, train
@@ -596,10 +595,3 @@ def test_the_trial_of_bf16_does_not_import_from_the_current_folder(trial_of_bf16
     (tmp_path / "random.py").write_text("1/0")
     monkeypatch.chdir(tmp_path)
     assert trial_of_bf16() != 0  # which it is if the trial fails
-
-
-def test_pilots_see_the_weights_of_each_epoch(tmp_path):
-    states = []
-    with watched(states):
-        train(small(1), tmp_path)
-    assert len(states) == 1

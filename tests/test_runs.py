@@ -49,6 +49,14 @@ def test_what_a_killed_process_left_half_written_goes(run):
     assert not left.exists()
 
 
+def test_a_state_of_a_longer_ladder_is_named(run, tmp_path):
+    copy = Run(shutil.copytree(run.path, tmp_path / "copy"))
+    run.save(copy.state_path, {}, 9)
+    copy.stage_path(2).unlink()
+    with pytest.raises(ValueError, match="does not belong to this run and stage"):
+        train(copy.recipe, copy.path)
+
+
 def test_truncated_and_foreign_files_are_named_and_left_alone(run):
     path = run.stage_path(2)
     whole = path.read_bytes()

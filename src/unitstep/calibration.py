@@ -138,15 +138,15 @@ def calibrate_(
         if isinstance(tensor, Tensor) and not is_lazy(tensor) and not tensor.isfinite().all():
             raise ValueError(f"{name} must be finite numbers: some are NaN or infinite")
     training = {name: module.training for name, module in snn.named_modules()}
-    snn.eval()
-    _check_time_axis(snn, images)
     norms = [module for module in snn.modules() if isinstance(module, BATCH_NORMS) and refresh_norms]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:  # use and remember the statistics of these images
-        norm.train()
-        norm.momentum = 1.0
     sweep = _Sweep(snn, images, [min(window, over - start) for start in range(0, over, window)])
     try:
+        snn.eval()
+        _check_time_axis(snn, images)
+        for norm in norms:  # use and remember the statistics of these images
+            norm.train()
+            norm.momentum = 1.0
         for name, lif in snn.lifs.items():
             row = snn.report[name]
             currents = sweep.currents(name)

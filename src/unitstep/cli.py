@@ -20,11 +20,9 @@ from unitstep.recipes import OWN, RECIPES, RUN_TO_THE_END, Recipe, recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from unitstep.exporting import Parity
     from unitstep.ladder import Progress
-    from unitstep.tables import Table as Shown
+    from unitstep.tables import Table
 
 USAGE = """\
 usage: unitstep VERB …      (unitstep VERB --help tells more)
@@ -419,6 +417,7 @@ def _export(arguments: list[str]) -> int:
         from unitstep.data import load_train
         from unitstep.exporting import describe, to_onnx
         from unitstep.runs import Run, load
+        from unitstep.tables import Table
 
         _use(threads)
         if images < 1:
@@ -439,7 +438,11 @@ def _export(arguments: list[str]) -> int:
             return 0
         chosen = None if form == "auto" else form
         parity = to_onnx(snn, out, shown, labels, steps=steps, form=chosen, about=describe(r, val))
-        _console().print(_parity_table(parity))
+        rows = [
+            (layer.name, str(layer.neurons), f"{layer.differ} of {layer.neurons * parity.images * parity.steps}")
+            for layer in parity.layers
+        ]
+        _show(Table("Compared", ("layer", "neurons", "spikes that differ"), rows))
         against = " with its weights rounded to 8 bits" if parity.form == "int8" else ""
         sys.stdout.write(
             f"{parity.images} validation images in ONNX Runtime. Spikes and logits are compared with the network"
@@ -465,16 +468,6 @@ def _export(arguments: list[str]) -> int:
         return 0
 
     return tyro.cli(export, prog="unitstep export", args=arguments)
-
-
-def _parity_table(parity: "Parity") -> "Table":
-    from rich.table import Column, Table
-
-    table = Table("layer", Column("neurons", justify="right"), Column("spikes that differ", justify="right"), box=None)
-    for layer in parity.layers:
-        total = layer.neurons * parity.images * parity.steps
-        table.add_row(layer.name, str(layer.neurons), f"{layer.differ} of {total}")
-    return table
 
 
 def _predict(arguments: list[str]) -> int:
@@ -593,14 +586,15 @@ def _bench(arguments: list[str]) -> int:
     return tyro.cli(races[arguments[0]], prog=f"unitstep bench {arguments[0]}", args=arguments[1:])
 
 
-def _show(table: "Shown | None") -> None:
+def _show(table: "Table | None") -> None:
     """Print one of a report's tables."""
     if table is None or not table.rows:
         return
-    from rich.table import Column, Table
+    from rich.table import Column
+    from rich.table import Table as RichTable
 
     columns = [Column(table.columns[0], no_wrap=True), *(Column(name, justify="right") for name in table.columns[1:])]
-    shown = Table(
+    shown = RichTable(
         *columns, box=None, pad_edge=False, title=table.title, title_justify="left", title_style="bold",
         caption=table.note + "\n", caption_justify="left",
     )  # fmt: skip

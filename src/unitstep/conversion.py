@@ -96,7 +96,7 @@ class Report:
     """Number of images on which they were taken."""
 
     def __getitem__(self, name: str) -> Row:
-        return next(row for row in self.rows if row.name == name)
+        return {row.name: row for row in self.rows}[name]
 
     def place(self, name: str) -> str:
         """Which operation that is, for people: its kind, its name, and the line that calls it."""
@@ -376,6 +376,10 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
         if node.target is torch._assert:
             graph.erase_node(node)
     _out_of_place(net, graph)
+    for node in graph.nodes:  # the same for values that do not lie in memory as they are read, as in channels_last
+        other_type = isinstance(argument(node, "dtype", 1), torch.dtype)
+        if (node.op, node.target) == ("call_method", "view") and not other_type:
+            node.target, node.meta["view"] = "reshape", True
     traced = fx.GraphModule(net, graph)
     traced.graph.eliminate_dead_code()
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -554,7 +558,7 @@ class _Conversion:
         graph = self.graph = self.net.graph
         for node in graph.nodes:
             if node.op not in ("placeholder", "get_attr", "output"):
-                kind = kind_of(node, module_of(self.net, node))
+                kind = "view" if "view" in node.meta else kind_of(node, module_of(self.net, node))
                 path = str(node.target) if node.op == "call_module" else ""
                 self.rows[node] = Row(node.name, kind, path, node.meta.get("line", ""))
         calls = [(node, str(node.target)) for node in self.rows if node.op == "call_module"]

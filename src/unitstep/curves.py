@@ -136,7 +136,7 @@ def conversion_alone(
     finished, r, where = run.stages, run.recipe, choose_device(device)
     if not finished or finished[0].index > 0 or finished[-1].index == 0:
         raise ValueError(f"{run.path} has no CNN and spiking stage to compare yet: unitstep train goes on with it")
-    last = run.net(finished[-1].index).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = run.net(finished[-1].index).to(where)
     steps = finished[-1].stage.steps
     source = data or r.data
     split, val = load_train(source, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
@@ -149,7 +149,7 @@ def conversion_alone(
     ways = [*itertools.product(STRATEGIES, INITIALS), (RATE, 0.0)]
     for number, (strategy, initial) in enumerate(ways):
         recipe = replace(r, initial=initial, thresholds="percentile", height="threshold", readout="mean")
-        snn = build_snn(recipe, run.net(0)).to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        snn = build_snn(recipe, run.net(0)).to(where)
         with compiled(where.type == "cuda" and compiler_available(where)):
             points += climb(snn, strategy, initial, calibration, batches, wanted, seconds)
         if points[-1].accuracy >= wanted and strategy != RATE:  # its steps cannot be one call

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from unitstep.data import Split
 
@@ -44,10 +45,17 @@ def ieee() -> Iterator[None]:
 
 
 def forward(net: nn.Module, images: Tensor, steps: int | None) -> Tensor:
-    """images [B, C, H, W] → logits [B, classes], at `steps` timesteps or, with None, as a CNN."""
-    images = images.contiguous(memory_format=torch.channels_last)
+    """images [B, C, …] → logits [B, classes], at `steps` timesteps or, with None, as a CNN."""
+    if images.dim() == 4 and any(map(_is_channels_last, net.parameters())):
+        images = images.contiguous(memory_format=torch.channels_last)
     logits: Tensor = net(images) if steps is None else net(images, steps)
     return logits
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if is_lazy(x) or x.dim() != 4 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def batch_size(steps: int | None, device: torch.device) -> int:

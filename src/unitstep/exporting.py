@@ -106,6 +106,8 @@ def to_onnx(
         )
     if not len(images) or (labels is not None and len(labels) != len(images)):
         raise ValueError(f"{len(images)} images and {0 if labels is None else len(labels)} labels: give some, as many")
+    if LOGITS in snn.lifs:
+        raise ValueError(f"neurons are called {LOGITS}, as the file's output is: give that ReLU another name")
     refuse_hooks(snn)  # before it is copied, which what hooks have computed does not allow
     snn, images, labels = copy.deepcopy(snn).eval().cpu(), images.cpu(), None if labels is None else labels.cpu()
     fused = snn.fuse(images, steps)
@@ -209,11 +211,11 @@ def _compare(
         before = torch.zeros(steps, len(batch), dtype=torch.bool)  # whether a neuron of an earlier layer differed
         for layer, got in zip(layers, given, strict=True):
             spikes, undecided = fired[layer.name]
-            differ = ((got > 0).unflatten(0, (steps, -1)) != spikes).flatten(2)
+            differ = ((got > 0).unflatten(0, (steps, -1)) != spikes).reshape(*spikes.shape[:2], -1)
             since = _by_image(differ, len(batch)).cummax(0).values
             earlier = before | torch.cat([torch.zeros_like(since[:1]), since[:-1]])  # or a step earlier
             layer.neurons, layer.differ = differ[0].numel() // len(batch), layer.differ + int(differ.sum())
-            layer.unexplained += int((_by_image(differ & ~undecided.flatten(2), len(batch)) & ~earlier).sum())
+            layer.unexplained += int((_by_image(differ & ~undecided.view_as(differ), len(batch)) & ~earlier).sum())
             before |= since
         apart = (logits - wanted).abs().amax(1)
         parity.logits = max(parity.logits, apart.max().item())

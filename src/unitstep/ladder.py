@@ -199,7 +199,7 @@ def _take_cnn(run: Run, source: Run, val: Split, device: torch.device) -> None:
                 "--cnn out"
             )
         return
-    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.to(device)
     found = accuracy(net, val, None, device)  # of these images, which may not be those that `source` was validated on
     run.save(run.stage_path(0), tensors, 0, val_accuracy=found, seconds=info["seconds"], classes=val.classes)
 
@@ -341,7 +341,7 @@ class _Fit:
         net = self._start(fresh=state is None)
         if state is not None and isinstance(net, Spiking):
             shape_thresholds_(net, _under("model.", state[0]))
-        self.net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = net.to(device)
         if run.recipe.whiten:
             images = calibration_images(run.recipe, train).to(device)
             given = () if self.stage.steps is None else (1,)  # step; pixels are the same at each
@@ -406,7 +406,7 @@ class _Fit:
 
     def _teacher(self) -> nn.Module:
         cnn = self.run.net(0).requires_grad_(False)
-        return cnn.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return cnn.to(self.device)
 
     def climb(self, stop: Callable[[], bool]) -> bool:
         """Train until the stage is finished and its file is written, or until `stop()`: then the state is saved and

@@ -238,7 +238,7 @@ def _cost(operation: Operation, spikes: dict[str, Tensor], images: int, steps: i
 def _layer(name: str, lif: LIF, spikes: Tensor, seen: Activity, images: int) -> LayerMeasurement:
     """spikes: [C, …], of each neuron over all images and steps.  seen: the first images."""
     neurons, steps = spikes.numel(), len(seen.spikes)
-    by_channel = spikes.flatten(1) if spikes.dim() > 1 else spikes.unsqueeze(1)
+    by_channel = spikes.flatten(1) if spikes.dim() > 1 else spikes.reshape(-1, 1)
     dead, saturated = by_channel == 0, by_channel == images * steps
     V = per_channel(seen.threshold, seen.current.dim() - 1)
     left = lif.initial * V if lif.initial else None

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from unitstep import nets
-from unitstep.conversion import Spiking, spiking
+from unitstep.conversion import Spiking, spiking, trace
 from unitstep.files import read_about, read_json, read_tensors, write_json, write_tensors, write_whole
 from unitstep.recipes import Recipe, Stage, differences, recipe_from_dict
 
@@ -135,7 +136,10 @@ class Run:
         """ValueError if what is trained here was trained on images of other classes, or if training was interrupted on
         another number of them."""
         index = self.state_index()
-        begun = {} if index is None or self.stage_path(index).exists() else read_about(self.state_path)
+        if index is not None and index < len(self.recipe.stages) and not self.stage_path(index).exists():
+            begun = read_about(self.state_path)
+        else:
+            begun = {}
         way_out = "name those by --data" if number is None else "put those back, or train in another folder"
         for known in [*(stage.classes for stage in self.stages), tuple(begun.get("classes", classes))]:
             if known != classes:
@@ -192,16 +196,38 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
                     f"{r.net} computes the weights of {own[0]!r} from others, as weight_norm does; make them plain "
                     "before it returns: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
                 )
-            return nn.Sequential(OrderedDict(normalize=normalize, cnn=cnn))
-        return nets.build(
-            r.net, classes=classes, channels=r.channels, size=r.size, batch_norm=r.norm != "none", pool=r.pool,
-            dropout=r.dropout, zero_point=r.pixel_zero, scale=r.pixel_scale,
-        )  # fmt: skip
+            net: nn.Module = nn.Sequential(OrderedDict(normalize=normalize, cnn=cnn))
+            if _needs_order(recipe, net):
+                return net
+        else:
+            net = nets.build(
+                r.net, classes=classes, channels=r.channels, size=r.size, batch_norm=r.norm != "none", pool=r.pool,
+                dropout=r.dropout, zero_point=r.pixel_zero, scale=r.pixel_scale,
+            )  # fmt: skip
+    net = _channels_last(net)
+    return net
+
+
+def _channels_last(net: nn.Module) -> Any:
+    """With kernels, and so values, in the memory format in which convolutions are fastest, if it has kernels yet."""
+    if any(map(is_lazy, net.parameters())):
+        return net
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _needs_order(recipe: Recipe, cnn: nn.Module) -> bool:
+    """Whether a user's network calls `view`, which it cannot in that format, or may do so, as it is not traced."""
+    try:
+        traced = trace(cnn, structure(recipe, cnn)["leaf_modules"])
+    except ValueError:
+        return True
+    return any("view" in node.meta for node in traced.graph.nodes)
 
 
 def build_snn(recipe: Recipe, cnn: nn.Module) -> Spiking:
     """The structure of the recipe's spiking network; its thresholds are not set."""
-    return spiking(cnn, **structure(recipe, cnn))
+    snn: Spiking = _channels_last(spiking(cnn, **structure(recipe, cnn)))
+    return snn
 
 
 def structure(recipe: Recipe, cnn: nn.Module) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def time_one(nets: Sequence[tuple[Spiking, int]], images: Tensor, device: torch.
 
 def _contenders(run: Run, images: Tensor, device: torch.device) -> Iterator[tuple[Name, Callable[[Tensor], Any]]]:
     for stage in run.stages:
-        net = run.net(stage.index).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = run.net(stage.index).to(device)
         yield (stage.stage.steps, TORCH), _in_torch(net, stage.stage.steps, device)
     installed = [runtime for runtime in get_args(Runtime) if importlib.util.find_spec(runtime)]
     for steps, content in _files(run, images):
