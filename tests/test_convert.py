@@ -88,6 +88,17 @@ class Twice(Net):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.LazyConv2d(8, 3, 2), nn.LazyBatchNorm2d(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(10)
+        )
+
+    def forward(self, x):
+        return F.log_softmax(self.net(x), 1)
+
+
 class Viewing(nn.Module):
     # as tutorials flatten, which is impossible where values lie in memory in another order
     def __init__(self):
@@ -103,7 +114,7 @@ def broken():
     raise RuntimeError("no licence")
 
 
-gated, branching, twice, viewing = Gated, Branching, Twice, Viewing
+gated, branching, twice, viewing, lazy = Gated, Branching, Twice, Viewing, Lazy
 number = 3
 """
 FASHION = ["--data", "fashion-mini", "--size", "28", "--channels", "1", "--threads", "1", "--calibration-images", "64"]
@@ -208,13 +219,17 @@ def test_probabilities_are_not_trained_on(folder, capsys):
     assert "gives probabilities: it ends in a softmax" in capsys.readouterr().err
 
 
-def test_a_network_that_calls_view_is_trained_converted_and_measured(folder):
+@pytest.mark.parametrize("net", ["viewing", "lazy"])
+def test_a_network_as_tutorials_write_them_goes_all_the_way(folder, net):
     given = ["--size", "28", "--channels", "3", "--threads", "1"]
     epochs = ["--stages.0.epochs", "0.02", *SHORT]
-    assert main(["train", "fashion-mini", "--net", "mynet:viewing", "--out", "runs/x", *given, *epochs]) == 0
+    assert main(["train", "fashion-mini", "--net", f"mynet:{net}", "--out", "runs/x", *given, *epochs]) == 0
     assert main(["measure", "runs/x", "--threads", "1", "--no-speed"]) == 0
     assert Run("runs/x").measurement["stages"][-1]["steps"] == 1
-    arguments = ["convert", "mynet:viewing", "--data", "fashion-mini", "--out", "runs/y", *given, *SHORT]
+    for form in ("int8", "float"):
+        arguments = ["export", "runs/x", "--form", form, "--out", f"{form}.onnx", "--images", "64", "--threads", "1"]
+        assert main(arguments) == 0
+    arguments = ["convert", f"mynet:{net}", "--data", "fashion-mini", "--out", "runs/y", *given, *SHORT]
     assert main([*arguments, "--calibration-images", "64"]) == 0
 
 

@@ -127,6 +127,18 @@ def test_heights_that_meet_no_weights_are_written(pools, tmp_path):
         np.testing.assert_allclose(given.flatten(1), snn(IMAGES), rtol=1e-5)
 
 
+def test_grouped_convolutions_are_written_as_whole_ones(tmp_path):
+    grouped = nn.Conv2d(8, 12, 3, groups=4)
+    snn = spiking(nn.Conv2d(3, 8, 3), nn.ReLU(), grouped, nn.ReLU(), nn.Flatten(), nn.Linear(768, 5), **ONE)
+    to_nir(snn, tmp_path / "net.nir", IMAGES)
+    conv = [node for node in nir.read(tmp_path / "net.nir").nodes.values() if isinstance(node, nir.Conv2d)][1]
+    x = torch.rand(2, 8, 10, 10)
+    V = list(snn.lifs.values())
+    ours = (grouped(x) - grouped.bias.view(-1, 1, 1)) * (V[0].threshold / V[1].threshold)
+    found = nn.functional.conv2d(x, torch.from_numpy(conv.weight))
+    torch.testing.assert_close(found, ours, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["input", "output"])
 def test_a_layer_may_be_called_as_the_ends_of_the_graph_are(name, tmp_path):
     cnn = nets.build("vgg-mini", classes=10, size=12)

@@ -46,8 +46,8 @@ def ieee() -> Iterator[None]:
 
 def forward(net: nn.Module, images: Tensor, steps: int | None) -> Tensor:
     """images [B, C, …] → logits [B, classes], at `steps` timesteps or, with None, as a CNN."""
-    if images.dim() == 4 and any(map(_is_channels_last, net.parameters())):
-        images = images.contiguous(memory_format=torch.channels_last)
+    last = images.dim() == 4 and any(map(_is_channels_last, net.parameters()))
+    images = images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     logits: Tensor = net(images) if steps is None else net(images, steps)
     return logits
 

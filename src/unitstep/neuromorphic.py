@@ -153,6 +153,8 @@ class _Writer:
             weight, bias = weight / threshold.view(-1, *[1] * (weight.dim() - 1)), bias / threshold
         elif any(isinstance(module, Fire) for module in neurons):
             return False
+        if isinstance(layer, nn.Conv2d):
+            weight = _ungrouped(weight, layer.groups)
         arrays = {"weight": weight.numpy(), "bias": bias.numpy()}
         if isinstance(layer, nn.Linear):
             made = self.nir.Affine(**arrays)
@@ -161,10 +163,20 @@ class _Writer:
         else:
             size = tuple(int(side) for side in _shape(source)[1:])
             options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-            made = self.nir.Conv2d(input_shape=size, groups=layer.groups, **arrays, **options)
+            made = self.nir.Conv2d(input_shape=size, groups=1, **arrays, **options)
         self._add(node.name, made, source)
         self.names[node] = node.name
         return True
+
+
+def _ungrouped(weight: Tensor, groups: int) -> Tensor:
+    """[O, I / groups, …] → [O, I, …], with zeros between the groups: nir's own types, and some libraries, know none."""
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    whole = weight.new_zeros(len(weight), groups * inputs, *weight.shape[2:])
+    for g in range(groups):
+        rows = slice(g * outputs, (g + 1) * outputs)
+        whole[rows, g * inputs : (g + 1) * inputs] = weight[rows]
+    return whole
 
 
 def _shape(node: fx.Node) -> "np.ndarray[Any, Any]":

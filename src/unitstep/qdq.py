@@ -156,6 +156,8 @@ class _Integer:
             return _Value(write.add("AveragePool", real, name, **options))
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             return _Value(write.add("GlobalAveragePool", real, name))
+        if kind_of(node, module).lower().replace("_", "") == "logsoftmax":  # the end of a network, [N, classes]
+            return _Value(write.add("LogSoftmax", real, name, axis=1))
         return None
 
     def _vector(self, node: fx.Node, what: str, values: Tensor) -> str:

@@ -197,6 +197,12 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
                     "before it returns: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
                 )
             net: nn.Module = nn.Sequential(OrderedDict(normalize=normalize, cnn=cnn))
+            if any(map(is_lazy, net.parameters())):  # until they are called, layers are of other types, too
+                with (
+                    contextlib.suppress(Exception),
+                    torch.no_grad(),
+                ):  # of the user's code: for `_check_output` in training
+                    net.eval()(torch.zeros(1, r.channels, r.size, r.size, dtype=torch.uint8))
             if _needs_order(recipe, net):
                 return net
         else:
