@@ -40,7 +40,7 @@ LADDERS: dict[str, tuple[int, ...]] = {  # timesteps of the rungs above T = 1
     FULL: (5, 4, 3, 2), "5→3→1": (5, 3), "5→1": (5,), "3→2→1": (3, 2), STRAIGHT: (), SCRATCH: (),
 }  # fmt: skip
 CNN = Recipe("control-cnn", "", "vgg-small", (Stage(None, CNN_EPOCHS, 0.1),), padding=2, border="mirror", whiten=True)
-PENALTIES = (0.002, 0.003, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)
+PENALTIES = (0.001, 0.002, 0.003, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)
 VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept: fields of the recipe or of its stages
     "weights of 8 bits": {"weight_bits": 8},
     "batch norm folded first": {"norm": "fold"},
