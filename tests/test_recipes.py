@@ -119,7 +119,8 @@ def test_wrong_ladders_are_refused():
     ("field", "value"),
     [
         ("percentile", 0.0), ("percentile", 150.0), ("scale", 0.0), ("initial", 1.0), ("calibration_images", 0),
-        ("calibration_steps", 0), ("norm", "folded"), ("thresholds", "median"), ("readout", "max"),
+        ("calibration_steps", 0), ("calibration_steps", -1), ("norm", "folded"), ("thresholds", "median"),
+        ("readout", "max"),
     ],
 )  # fmt: skip
 def test_what_calibration_would_refuse_is_refused_before_the_cnn_is_trained(field, value):

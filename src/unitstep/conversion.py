@@ -377,8 +377,8 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
             graph.erase_node(node)
     _out_of_place(net, graph)
     for node in graph.nodes:  # the same for values that do not lie in memory as they are read, as in channels_last
-        other_type = isinstance(argument(node, "dtype", 1), torch.dtype)
-        if (node.op, node.target) == ("call_method", "view") and not other_type:
+        views = (node.op, node.target) == ("call_method", "view")
+        if views and not isinstance(argument(node, "dtype", 1), torch.dtype):
             node.target, node.meta["view"] = "reshape", True
     traced = fx.GraphModule(net, graph)
     traced.graph.eliminate_dead_code()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from unitstep.data import Split
+from unitstep.neuron import memory_format
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,16 +47,11 @@ def ieee() -> Iterator[None]:
 
 def forward(net: nn.Module, images: Tensor, steps: int | None) -> Tensor:
     """images [B, C, …] → logits [B, classes], at `steps` timesteps or, with None, as a CNN."""
-    last = images.dim() == 4 and any(map(_is_channels_last, net.parameters()))
+    kernels = (memory_format(parameter) for parameter in net.parameters() if not is_lazy(parameter))
+    last = images.dim() == 4 and torch.channels_last in kernels
     images = images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     logits: Tensor = net(images) if steps is None else net(images, steps)
     return logits
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    if is_lazy(x) or x.dim() != 4 or x.is_contiguous():
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def batch_size(steps: int | None, device: torch.device) -> int:

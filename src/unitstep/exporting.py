@@ -215,9 +215,8 @@ def _compare(
             since = _by_image(differ, len(batch)).cummax(0).values
             earlier = before | torch.cat([torch.zeros_like(since[:1]), since[:-1]])  # or a step earlier
             layer.neurons, layer.differ = differ[0].numel() // len(batch), layer.differ + int(differ.sum())
-            layer.unexplained += int(
-                (_by_image(differ & ~undecided.reshape(differ.shape), len(batch)) & ~earlier).sum()
-            )
+            odd = differ & ~undecided.reshape(differ.shape)
+            layer.unexplained += int((_by_image(odd, len(batch)) & ~earlier).sum())
             before |= since
         apart = (logits - wanted).abs().amax(1)
         parity.logits = max(parity.logits, apart.max().item())

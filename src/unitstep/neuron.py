@@ -179,7 +179,7 @@ class _Fire(torch.autograd.Function):
         current, threshold, leak = ctx.saved_tensors
         parameters = *_parameters(current, threshold, leak), *ctx.options
         flat = _rows(current, threshold.numel(), ctx.rows)
-        grad = _rows(grads[0].contiguous(memory_format=_format(current)), threshold.numel(), ctx.options[0])
+        grad = _rows(grads[0].contiguous(memory_format=memory_format(current)), threshold.numel(), ctx.options[0])
         if ctx.fuse:
             to_current, to_V, to_leak = _fused(_fire_backward, grad, flat, *parameters)
         else:
@@ -206,7 +206,7 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
 def _rows(x: Tensor, channels: int, rows: int) -> Tensor:
     """[rows·B, …] → [rows, A, C, Z] in memory order: nothing is copied. channels: how many have a threshold of their
     own; 1, and C is 1, if all share one."""
-    last = _format(x) is torch.channels_last
+    last = memory_format(x) is torch.channels_last
     dense = x.permute(0, 2, 3, 1) if last else x
     Z = 1 if channels == 1 or last else math.prod(x.shape[2:])
     return dense.reshape(rows, x.numel() // (rows * channels * Z) if Z else 0, channels, Z)
@@ -214,13 +214,13 @@ def _rows(x: Tensor, channels: int, rows: int) -> Tensor:
 
 def _unrows(flat: Tensor, like: Tensor, size: int) -> Tensor:
     """The inverse: [steps, A, C, Z] → [size, …] in the shape and memory format of `like`."""
-    if _format(like) is torch.channels_last:
+    if memory_format(like) is torch.channels_last:
         return flat.view(size, *like.shape[2:], like.shape[1]).permute(0, 3, 1, 2)
     return flat.view(size, *like.shape[1:])
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    """Whether the channels of x are the last dimension in memory."""
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last if the channels of x are the last dimension in memory, else the usual one."""
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
@@ -286,12 +286,12 @@ class LIF(nn.Module):
         """
         rows = 1 if static else steps
         V, leak = _parameters(current, self.threshold, self.leak)
-        current = current.contiguous(memory_format=_format(current[: len(current) // rows]))  # as membranes are
+        current = current.contiguous(memory_format=memory_format(current[: len(current) // rows]))  # as membranes are
         flat = _rows(current, len(V), rows)
         one = current[: len(current) // rows]
         held: Tensor | None = (self.initial * V).expand(flat.shape[1:]) if self.initial else None
         if left is not None:
-            held = _rows(left.contiguous(memory_format=_format(one)), len(V), 1)[0]
+            held = _rows(left.contiguous(memory_format=memory_format(one)), len(V), 1)[0]
         spikes = flat.new_empty(steps, *flat.shape[1:])
         for t, out in enumerate(spikes):
             arguments = flat[0 if static else t], V, leak, held, self.height

@@ -198,10 +198,7 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
                 )
             net: nn.Module = nn.Sequential(OrderedDict(normalize=normalize, cnn=cnn))
             if any(map(is_lazy, net.parameters())):  # until they are called, layers are of other types, too
-                with (
-                    contextlib.suppress(Exception),
-                    torch.no_grad(),
-                ):  # of the user's code: for `_check_output` in training
+                with contextlib.suppress(Exception), torch.no_grad():  # of the user's code: training says which
                     net.eval()(torch.zeros(1, r.channels, r.size, r.size, dtype=torch.uint8))
             if _needs_order(recipe, net):
                 return net
