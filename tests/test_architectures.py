@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from tests.architectures import ARCHITECTURES, build, has_max_pool, randomise_
 from tests.simulation import simulate
+from tests.test_conversion import Shared
 from unitstep import Spiking, record, to_onnx, to_spiking
 from unitstep.conversion import _is_users
 from unitstep.measurement import measure
@@ -230,7 +231,7 @@ def test_a_rectifier_with_a_cap(name):
     agrees(snn, cnn, IMAGES)
 
 
-@pytest.mark.parametrize("name", [*RECTIFIERS, *CAPPED])
+@pytest.mark.parametrize("name", ["ReLU", *CAPPED])  # the other rectifiers are the same neurons: test_a_rectifier
 def test_a_rectifier_comes_nearer_with_more_steps(name):
     cnn = Rectified(RECTIFIERS[name] if name in RECTIFIERS else CAPPED[name][0])
     snn = to_spiking(cnn, IMAGES, steps=20, thresholds="max", initial=0.5)
@@ -301,6 +302,7 @@ ON_IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "grouped transposed": nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2),
     "F.conv2d": lambda x: F.conv2d(x, torch.full((2, 4, 2, 2), 0.1, dtype=torch.float64)),
     "Linear on the last dimension": nn.Linear(8, 5),
+    "a constant by name": lambda x: torch.add(x, other=0.5),
     "BatchNorm2d": nn.BatchNorm2d(4),
     "AvgPool2d": nn.AvgPool2d(3, 2, 1),
     "F.avg_pool2d": lambda x: F.avg_pool2d(x, 2, ceil_mode=True),
@@ -494,7 +496,7 @@ class LateCap(nn.Module):
 
 
 @pytest.mark.parametrize("norm", ["keep", "fold"])
-@pytest.mark.parametrize("cls", [Interleaved, SharedNorm, ByKeyword, LateCap])
+@pytest.mark.parametrize("cls", [Interleaved, SharedNorm, ByKeyword, LateCap, Shared])
 def test_the_order_of_calls_does_not_matter(cls, norm):
     cnn = randomise_(cls()).double().eval()
     agrees(to_spiking(cnn, IMAGES, norm=norm, **AWAKE), cnn, IMAGES)

@@ -25,15 +25,15 @@ def plain(cap: float | None = None) -> nn.Sequential:
 
 
 @torch.no_grad()
-def simulated(cnn: nn.Sequential, V: torch.Tensor, steps: int, initial: float = 0.0) -> torch.Tensor:
+def simulated(cnn: nn.Sequential, V: torch.Tensor, steps: int, height: str = "threshold") -> torch.Tensor:
     """The second neuron layer's current at each step, [steps, B, C, H, W], by hand."""
     current = cnn[0](IMAGES)
-    U, currents = initial * V * torch.ones_like(current), []
+    U, currents = torch.zeros_like(current), []
     for _ in range(steps):
         U = U + current
         spikes = (U > V).float()
         U = U - V * spikes
-        currents.append(cnn[2](spikes * V))
+        currents.append(cnn[2](spikes * V if height == "threshold" else spikes))
     return torch.stack(currents)
 
 
@@ -51,13 +51,18 @@ def test_per_channel_percentiles():
     assert snn.report["_1"].found == "percentile 80 per channel"
 
 
-def test_maximum_and_scale():
+@pytest.mark.parametrize(
+    ("thresholds", "share", "height", "found"),
+    [("max", 1.0, "threshold", "maximum × 0.5"), ("percentile", 0.8, "unit", "percentile 80 × 0.5")],
+)
+def test_one_threshold_for_a_layer_and_scale(thresholds, share, height, found):
     cnn = plain()
-    snn = plainly(cnn, IMAGES, steps=3, thresholds="max", scale=0.5)
+    snn = plainly(cnn, IMAGES, steps=3, thresholds=thresholds, percentile=80, scale=0.5, height=height)
     first, second = (lif.threshold for lif in snn.lifs.values())
-    assert first.item() == pytest.approx(0.5 * cnn[0](IMAGES).max().item())
-    assert second.item() == pytest.approx(0.5 * simulated(cnn, first.detach(), 3).max().item())
-    assert snn.report["_1"].found == "maximum × 0.5"
+    assert first.item() == pytest.approx(0.5 * cnn[0](IMAGES).quantile(share, interpolation="nearest").item())
+    peaks = simulated(cnn, first.detach(), 3, height).flatten(1).quantile(share, dim=1, interpolation="nearest")
+    assert second.item() == pytest.approx(0.5 * peaks.max().item())
+    assert snn.report["_1"].found == found
 
 
 @pytest.mark.parametrize("initial", [0.0, 0.5])
@@ -107,7 +112,10 @@ def test_calibration_over_other_steps_than_those_of_use():
         ({"thresholds": "median"}, "thresholds must be one of percentile, channel-percentile, max, mse"),
         ({"percentile": 0.99}, "the 99th is 99, not 0.99"),
         ({"percentile": 0}, "percentile must be above 1 and at most 100, not 0"),
+        ({"percentile": 101}, "percentile must be above 1 and at most 100, not 101"),
         ({"scale": -1}, "scale must be greater than 0"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"calibration_steps": 0}, "steps must be a whole number"),
         ({"calibration_steps": 1.5}, "steps must be a whole number"),
         ({"initial": 1.0}, r"initial must be in \[0, 1\)"),
     ],
@@ -204,11 +212,6 @@ def test_least_squares_sees_the_whole_image():
         current = torch.ones(1, batch, 64, 32, 32)
         current[..., 0] = 0
         assert 0.4 < _least_squares(iter([current]), 2, 0.0, None) < 1
-
-
-def test_no_calibration_steps_are_refused():
-    with pytest.raises(ValueError, match="steps"):
-        to_spiking(plain(), IMAGES, steps=1, calibration_steps=0)
 
 
 def test_a_large_layer_is_drawn_from_all_its_columns():

@@ -202,7 +202,7 @@ def test_what_does_not_convert_is_shown_in_the_report_and_nothing_is_written(fol
         (["convert", "mynet:build", "--data", "fashion-mini"], "fails on images of 3×32×32"),
         (["convert", "mynet:build", "--size", "28", "--channels", "1"], "give --data"),
         (["convert", "mynet:build", *FASHION, "--weights", "mynet.py"], "is not a safetensors file"),
-        (["convert", "mynet:build", *FASHION, "--weights", "none"], "there is no file none"),
+        (["convert", "mynet:build", *FASHION, "--weights", "none"], "none is not a safetensors file"),
         (["convert", "mynet:build", *FASHION, "--weights", "wrong.safetensors"], "does not fit the network"),
         (["convert", "mynet:build", *FASHION, "--leaf-modules", "c"], "no module named 'c'"),
     ],

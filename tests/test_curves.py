@@ -10,7 +10,6 @@ from unitstep import Run, curves, measurement
 from unitstep.conversion import spiking
 from unitstep.curves import RATE, STRATEGIES, climb, conversion_alone, find_thresholds_, rate_code
 from unitstep.data import load_train
-from unitstep.groups import last_points
 
 
 def test_rate_code_is_black_and_white_and_as_bright_as_the_image():
@@ -58,7 +57,6 @@ def test_a_run_measured_with_its_curve(unbroken, tmp_path, monkeypatch):
     ways = {(row["strategy"], row["initial"]) for row in found["rows"]}
     assert ways == {*((strategy, initial) for strategy in STRATEGIES for initial in (0, 0.5)), (RATE, 0)}
     assert all(row["latency"] is None for row in found["rows"])
-    assert len(last_points(found)) == 11
     assert conversion_alone(run, images=200, seconds=0.0)["cnn_accuracy"] == run.stages[0].val_accuracy
 
 

@@ -298,14 +298,16 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...], static: bool, steps: int
 # Promises
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("height", HEIGHTS)
-def test_static_is_the_same_current_at_every_step(steps: int, height: Any) -> None:
-    lif = LIF(0.8, 0.7, height=height, initial=0.5).double()
-    current = noise(4, 6)
-    static, repeated = run(lif, current, steps, static=True), run(lif, current.repeat(steps, 1), steps)
-    repeated["current"] = repeated["current"].unflatten(0, (steps, 4)).sum(0)
-    assert_same(static, repeated, 1e-12)
+def test_a_state_dict_gives_one_threshold_or_one_per_channel() -> None:
+    lif = LIF(0.8)
+    parameter = lif.threshold
+    lif.load_state_dict(LIF(torch.tensor([1.0, 2.0])).state_dict())
+    assert lif.threshold is parameter
+    assert lif.threshold.tolist() == [1.0, 2.0]
+    lif.load_state_dict(dict(lif.named_parameters()))  # itself
+    assert lif.threshold.tolist() == [1.0, 2.0]
+    lif.load_state_dict({name: value.half() for name, value in LIF(0.5).state_dict().items()})
+    assert (lif.threshold.dtype, lif.threshold.tolist()) == (torch.float32, 0.5)
 
 
 def test_causality() -> None:

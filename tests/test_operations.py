@@ -270,6 +270,15 @@ def test_rows_that_are_no_images_are_neurons_of_their_image():
     assert min(walked) > 0
 
 
+def test_a_pool_over_features_sums_them():
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.AdaptiveAvgPool1d(4), nn.Linear(4, 3)).eval()
+    images = torch.randn(5, 6)
+    found = operations(to_spiking(cnn, images, steps=1).fuse(images), images[:1])
+    assert found[1].input == "integer"
+    assert found[1].fan_out["_1"].tolist() == [3] * 16  # each spike is in one window
+
+
 def test_devices_do_not_mix():
     """On a device that computes nothing but shapes, and refuses operands of another."""
     x = torch.rand(1, 2, 8, 8)

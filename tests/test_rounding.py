@@ -61,16 +61,6 @@ def test_hooks_that_would_stop_the_end_of_a_stage_stop_its_beginning(tmp_path, m
     assert [row["stage"] for row in Run(tmp_path / "run").log] == [0]
 
 
-def test_a_number_of_bits_that_cannot_be():
-    with pytest.raises(ValueError, match="weight_bits is 2 to 8"):
-        Stage(1, 1, 1e-3, weight_bits=16)
-
-
-def test_spikes_cannot_be_looked_at_where_they_are_computed_again():
-    with pytest.raises(ValueError, match="recompute cannot be had with spike_penalty"):
-        Stage(1, 1, 1e-3, recompute=True, spike_penalty=1)
-
-
 def test_heights_per_channel_would_change_what_is_rounded():
     with pytest.raises(ValueError, match="choose other thresholds than channel-percentile, or the height unit"):
         small(1, stages=(Stage(None, 1, 1e-3), Stage(1, 1, 1e-3, weight_bits=8)), thresholds="channel-percentile")

@@ -49,10 +49,12 @@ def test_ratios_are_against_the_best_of_the_others():
     assert "| net, bf16, batch 1, T = 7, 2 threads | 1.50 | 0.75 | 0.50 | 0.30 |" in table
 
 
-def test_a_library_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(training_speed, "LIBRARIES", ("torch", "no-such-library"))
-    with pytest.raises(ValueError, match=r"no-such-library takes part but is not installed: pip install"):
-        training_speed.bench_train()
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"names": ("vgg61",)}, "vgg61"), ({"threads": (0,)}, "must be 1 or more")]
+)
+def test_what_cannot_be_raced_is_refused_before(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        training_speed.bench_train(**wrong)
 
 
 @pytest.mark.parametrize("peer", PEERS)

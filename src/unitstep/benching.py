@@ -10,9 +10,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
@@ -24,8 +24,9 @@ from unitstep import nets
 from unitstep.calibration import to_spiking
 from unitstep.exporting import INPUT, onnx_of, to_onnx
 from unitstep.peers import PEERS, installed
-from unitstep.running import Model, open_model
+from unitstep.running import open_model
 from unitstep.runs import provenance
+from unitstep.speed import TITLES
 from unitstep.timing import race
 
 NET, CLASSES, SIZE = "vgg16-conv", 10, 32
@@ -34,20 +35,6 @@ LIBRARIES = ("torch", "onnx", "onnxruntime", "openvino", "snntorch", "spikingjel
 UNITSTEP, CNN = "unitstep T=1 int8", "CNN"
 
 Call = Callable[[Tensor], Any]
-
-
-@dataclass
-class Speed:
-    """Images per second of one contender, in each round."""
-
-    name: str
-    batch: int
-    threads: int
-    rounds: list[float]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rounds)
 
 
 def bench_deploy(*, threads: tuple[int, ...] = (2, 1), progress: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -61,7 +48,7 @@ def bench_deploy(*, threads: tuple[int, ...] = (2, 1), progress: Callable[[str],
     with torch.no_grad():
         cnn.train()(images)  # statistics for the batch norms
     cnn.eval().requires_grad_(False)
-    speeds: list[Speed] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of all the libraries
         tell("export")
@@ -69,9 +56,8 @@ def bench_deploy(*, threads: tuple[int, ...] = (2, 1), progress: Callable[[str],
         for count in threads:
             for batch in BATCHES:
                 tell(f"batch {batch}, {count} threads")
-                speeds += _race(files, cnn, images[:batch], count)
+                rows += _race(files, cnn, images[:batch], count)
         sizes = {path.name: path.stat().st_size for path in (files.cnn, files.cnn_int8, files.snn)}
-    rows = [asdict(speed) | {"median": speed.median} for speed in speeds]
     return {
         "schema": 1, "net": NET, "size": SIZE, "speeds": rows, "bytes": sizes, "export_seconds": files.seconds,
         "cnn_parameters": sum(parameter.numel() for parameter in cnn.parameters()), "seconds_per_round": SECONDS,
@@ -85,8 +71,9 @@ class _Files:
     def __init__(self, cnn: nn.Module, images: Tensor, folder: Path) -> None:
         self.cnn, self.cnn_int8, self.snn = (folder / f"{name}.onnx" for name in ("cnn", "cnn-int8", "snn-int8"))
         self.cnn.write_bytes(onnx_of(cnn, images).SerializeToString())
+        once = SimpleNamespace(get_next=partial(next, iter([{INPUT: images.numpy()}]), None))
         quantization.quantize_static(
-            self.cnn, self.cnn_int8, _Reader(images), per_channel=True,
+            self.cnn, self.cnn_int8, once, per_channel=True,
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
         )  # fmt: skip
         snn = to_spiking(cnn, images, steps=1, percentile=90)
@@ -95,27 +82,19 @@ class _Files:
         self.seconds = time.perf_counter() - started
 
 
-class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, images: Tensor) -> None:
-        self.batches = iter([{INPUT: images.numpy()}])
-
-    def get_next(self) -> Any:
-        return next(self.batches, None)
-
-
-def _race(files: _Files, cnn: nn.Module, images: Tensor, threads: int) -> list[Speed]:
-    """All contenders at one batch size and number of threads."""
+def _race(files: _Files, cnn: nn.Module, images: Tensor, threads: int) -> list[dict[str, Any]]:
+    """All contenders at one batch size and number of threads: images per second in each round, and their median."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            contenders = dict(_contenders(files, cnn, threads))
-            calls = {name: partial(call, images) for name, call in contenders.items()}
-            turns = race(calls, rounds=ROUNDS, seconds=SECONDS)
-            return [
-                Speed(name, len(images), threads, [len(images) * len(turn) / sum(turn) for turn in found])
-                for name, found in turns.items()
-            ]
+            rows = []
+            calls = {name: partial(call, images) for name, call in _contenders(files, cnn, threads)}
+            for name, turns in race(calls, rounds=ROUNDS, seconds=SECONDS).items():
+                rounds = [len(images) * len(turn) / sum(turn) for turn in turns]
+                about = {"name": name, "batch": len(images), "threads": threads}
+                rows.append(about | {"rounds": rounds, "median": statistics.median(rounds)})
+            return rows
     finally:
         torch.set_num_threads(before)
 
@@ -137,13 +116,9 @@ def _contenders(files: _Files, cnn: nn.Module, threads: int) -> Iterator[tuple[s
     for title, peer in PEERS.items():
         for steps in (1, 5):
             yield f"{title} T={steps}", peer(cnn, steps).eval()
-    for runtime, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
-        model = open_model(files.snn, runtime, threads=threads)  # type: ignore[arg-type]
-        yield f"{UNITSTEP} {title}", _exported(model)
-
-
-def _exported(model: Model) -> Call:
-    return lambda images: model(images.numpy())
+    for runtime, title in TITLES.items():
+        model = open_model(files.snn, runtime, threads=threads)
+        yield f"{UNITSTEP} {title}", lambda images, model=model: model(images.numpy())  # type: ignore[misc]
 
 
 def _plain_onnxruntime(path: Path, threads: int) -> Call:
@@ -161,16 +136,11 @@ def _plain_openvino(path: Path, threads: int) -> Call:
     return lambda images: compiled(images.numpy())
 
 
-def ratios(record: dict[str, Any]) -> list[tuple[str, int, int, float, float]]:
-    """(contender, batch, threads, images per second, times the CNN in PyTorch fp32) for each row of a record."""
-    medians = {(row["name"], row["batch"], row["threads"]): row["median"] for row in record["speeds"]}
-    base = f"{CNN} PyTorch fp32"
-    return [(name, b, t, median, median / medians[base, b, t]) for (name, b, t), median in medians.items()]
-
-
 def table(record: dict[str, Any]) -> str:
     """A record as Markdown: images per second, and in brackets times the CNN in PyTorch fp32."""
-    found = {(name, b, t): f"{speed:,.0f} ({times:.1f}×)" for name, b, t, speed, times in ratios(record)}
+    medians = {(row["name"], row["batch"], row["threads"]): row["median"] for row in record["speeds"]}
+    base = f"{CNN} PyTorch fp32"
+    found = {(n, b, t): f"{x:,.0f} ({x / medians[base, b, t]:.1f}×)" for (n, b, t), x in medians.items()}
     columns = sorted({(t, b) for _, b, t in found}, reverse=True)
     title = " | ".join(f"batch {b}, {t} thread{'s' * (t > 1)}" for t, b in columns)
     lines = [f"| | {title} |", f"|---{'|---:' * len(columns)}|"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from unitstep.conversion import LeafModules, MaxPool, Norm, Readout, Spiking, spiking, trace
 from unitstep.evaluation import ieee
@@ -262,8 +263,7 @@ class _Sweep(_Stepper):
     def __init__(self, snn: Spiking, images: Tensor, windows: list[int]) -> None:
         super().__init__(snn)
         self.images, self.windows = images, windows
-        self.nodes = list(snn.graph.nodes)
-        self.position = 0
+        self.running: Iterator[tuple[fx.Node, Any]] | None = None
 
     def currents(self, name: str | None) -> Iterator[Tensor]:
         """Per window the current of neuron layer `name`, [steps, B, …] or, if static, [1, B, …]; None runs to the
@@ -271,18 +271,14 @@ class _Sweep(_Stepper):
         if len(self.windows) > 1:
             self.left = {}
         for length in self.windows:
-            if len(self.windows) > 1 or self.position == 0:
-                self.position, self.env = 0, {}
-                self.args_iter = iter([self.images, length])
-            while self.position < len(self.nodes):
-                node = self.nodes[self.position]
-                if node.op == "call_module" and node.target == f"neurons.{name}":
-                    yield self.env[node.args[0]].unflatten(0, (1 if node.kwargs.get("static") else length, -1))
+            if len(self.windows) > 1 or self.running is None:
+                self.env, self.running = {}, _values(self, self.images, length)
+            for node, _ in self.running:
+                layer = node.next
+                if layer.target == f"neurons.{name}":
+                    current = self.env[layer.all_input_nodes[0]]
+                    yield current.unflatten(0, (1 if layer.kwargs.get("static") else length, -1))
                     break
-                self.env[node] = self.run_node(node)
-                for dead in self.user_to_last_uses.get(node, []):
-                    del self.env[dead]
-                self.position += 1
 
 
 # ------------------------------------------------------------------------------------------------------- the checks
@@ -304,16 +300,9 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
         return x[len(x) - len(x) // steps :]
 
     def noise(x: Any) -> Any:
-        if isinstance(x, tuple | list):
-            return type(x)(noise(each) for each in x)
         return torch.rand(x.shape, generator=generator).to(x) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    def last(x: Any) -> Any:
-        return type(x)(last(each) for each in x) if isinstance(x, tuple | list) else rows(x)
-
     def same(full: Any, one: Any) -> bool:
-        if isinstance(full, tuple | list):
-            return len(full) == len(one) and all(map(same, full, one))
         if not isinstance(full, Tensor) or full.dim() == 0 or len(full) != steps * len(one):
             return False
         close = {"rtol": 1e-3, "atol": 1e-3 * max(1e-30, one.abs().max().item())}
@@ -346,7 +335,7 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
             if row is None:
                 raise
             raise ValueError(_fails(snn, row, error, timed)) from error
-        if timed and row and not ours and not same(full, one):
+        if timed and row and not ours and not all(map(same, pytree.tree_leaves(full), pytree.tree_leaves(one))):
             raise ValueError(
                 f"{snn.report.place(row)} joins or cuts the first dimension, which holds images and timesteps: write "
                 "it so that it acts on each image alone, e.g. torch.flatten(x, 1), torch.cat(parts, 1), x.mean((2, 3))"
@@ -358,8 +347,8 @@ def _check_time_axis(snn: Spiking, images: Tensor) -> None:
                     "same at all timesteps: write it without in-place"
                 )
         if timed:
-            full = noise(full)
-            one = last(full)
+            full = pytree.tree_map(noise, full)
+            one = pytree.tree_map(rows, full)
         whole.env[node], part.env[node] = full, one
 
 

@@ -10,9 +10,10 @@ import shlex
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,11 +45,12 @@ usage: unitstep VERB …      (unitstep VERB --help tells more)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     verb, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
-    verbs: dict[str, Callable[[list[str]], int]] = {
-        "recipes": _recipes, "train": _train, "convert": _convert, "pack": _pack, "measure": _measure,
-        "report": _report, "export": _export, "predict": _predict, "bench": _bench,
-        "-h": _usage, "--help": _usage, "--version": _version,
+    plain: dict[str, Callable[..., int]] = {
+        "recipes": recipes, "pack": pack, "measure": measure, "report": report, "export": export, "predict": predict,
     }  # fmt: skip
+    verbs: Mapping[str, Callable[[list[str]], int]] = {
+        "train": _train, "convert": _convert, "bench": _bench, "-h": _usage, "--help": _usage, "--version": _version,
+    } | {name: partial(_call, f"unitstep {name}", function) for name, function in plain.items()}  # fmt: skip
     if verb not in verbs:
         sys.stderr.write(f"unitstep: no verb {verb!r}\n\n{USAGE}")
         return 2
@@ -69,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("unitstep: interrupted\n")
         return 130
+
+
+def _call(name: str, verb: Callable[..., int], arguments: list[str]) -> int:
+    """Call `verb` with what the arguments say; its signature and docstring are the command's options and help."""
+    import tyro
+
+    return tyro.cli(verb, prog=name, args=arguments)
 
 
 def _usage(arguments: list[str]) -> int:
@@ -112,14 +121,10 @@ def _use(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _recipes(arguments: list[str]) -> int:
-    import tyro
+def recipes() -> int:
+    """List the recipes that come with unitstep."""
     from rich.table import Column, Table
 
-    def recipes() -> None:
-        """List the recipes that come with unitstep."""
-
-    tyro.cli(recipes, prog="unitstep recipes", args=arguments)
     table = Table(
         Column("recipe", no_wrap=True), "network", "ladder", "epochs", "norm", "run", box=None, pad_edge=False
     )
@@ -162,7 +167,7 @@ def _train(arguments: list[str]) -> int:
         cnn: Path | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         precision: Literal["auto", "fp32", "bf16"] = "auto",
-        compile: Literal["auto", "on", "off"] = "auto",
+        compile: Literal["auto", "off"] = "auto",
         time_limit: float | None = None,
         max_loss: float | None = None,
         bad_images: Literal["refuse", "skip"] = "refuse",
@@ -188,16 +193,15 @@ def _train(arguments: list[str]) -> int:
 
         _use(threads)
         again = shlex.join(["unitstep", "train", *arguments])
-        with _bars() as bars:
-            try:
+        try:
+            with _bars() as bars:
                 run = ladder.train(
                     recipe, out, cnn=cnn, device=device, precision=precision, compile=compile, time_limit=time_limit,
                     max_loss=max_loss, bad_images=bad_images, progress=bars.training,
                 )  # fmt: skip
-            except KeyboardInterrupt:
-                bars.close()
-                _say(f"interrupted; to go on: {again}")
-                return 130
+        except KeyboardInterrupt:
+            _say(f"interrupted; to go on: {again}")
+            return 130
         stages = run.stages
         unfinished = len(run.recipe.stages) - len(stages)
         lost = [(stage.stage.name, stages[0].val_accuracy - stage.val_accuracy) for stage in stages]
@@ -207,7 +211,8 @@ def _train(arguments: list[str]) -> int:
         elif unfinished:
             _say(f"stopped at the time limit; to go on: {again}")
             return 3
-        _say(f"{run.path} is done; its accuracy on the test images: unitstep measure {run.path}")
+        there = "" if recipe.data == run.recipe.data else f" --data {shlex.quote(recipe.data)}"
+        _say(f"{run.path} is done; its accuracy on the test images: unitstep measure {run.path}{there}")
         return 0
 
     return tyro.cli(train, prog=f"unitstep train {name}", args=options)
@@ -280,255 +285,234 @@ def _convert(arguments: list[str]) -> int:
     return tyro.cli(convert, prog=f"unitstep convert {net}", args=options)
 
 
-def _pack(arguments: list[str]) -> int:
-    import tyro
+def pack(
+    source: str,
+    /,
+    out: Path,
+    size: int = 32,
+    channels: Literal[3, 1] = 3,
+    bad_images: Literal["refuse", "skip"] = "refuse",
+) -> int:
+    """Decode a data set once and write it as tensor files of at most 60 MB. The folder serves as --data on machines
+    without the original, as long as size and channels are the recipe's.
 
-    def pack(
-        source: Annotated[str, tyro.conf.Positional],
-        out: Path,
-        size: int = 32,
-        channels: Literal[3, 1] = 3,
-        bad_images: Literal["refuse", "skip"] = "refuse",
-    ) -> int:
-        """Decode a data set once and write it as tensor files of at most 60 MB. The folder serves as --data on machines
-        without the original, as long as size and channels are the recipe's.
+    Args:
+        source: A folder of class folders or of parquet files, or a Hugging Face hub name.
+        out: Folder for the files; must be empty or absent.
+        size: Height and width, in pixels.
+        channels: 3 for colour, 1 for grey.
+        bad_images: What to do with images that cannot be read.
+    """
+    from unitstep import data
 
-        Args:
-            source: A folder of class folders or of parquet files, or a Hugging Face hub name.
-            out: Folder for the files; must be empty or absent.
-            size: Height and width, in pixels.
-            channels: 3 for colour, 1 for grey.
-            bad_images: What to do with images that cannot be read.
-        """
-        from unitstep import data
+    for path in data.pack(source, out, size=size, channels=channels, bad_images=bad_images):
+        sys.stdout.write(f"{path}  {path.stat().st_size / 1e6:.1f} MB\n")
+    return 0
 
-        for path in data.pack(source, out, size=size, channels=channels, bad_images=bad_images):
-            sys.stdout.write(f"{path}  {path.stat().st_size / 1e6:.1f} MB\n")
+
+def measure(
+    run: Path,
+    /,
+    data: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    bad_images: Literal["refuse", "skip"] = "refuse",
+    pj: tuple[float, float] | None = None,
+    speed: bool = True,
+    curve: bool = False,
+    threads: int | None = None,
+) -> int:
+    """Evaluate every finished stage of a run once on the test images; writes measure.json and prints accuracies,
+    spikes, operations, and energy by several models.
+
+    Args:
+        run: Folder of the run.
+        data: Where the images are, if no longer where the run's recipe says.
+        device: Where to evaluate; auto takes a GPU if there is one.
+        bad_images: What to do with images that cannot be read.
+        pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
+        speed: Time the networks, too, in PyTorch and in the runtimes that are installed; nothing else should run.
+        curve: Find how many timesteps the CNN needs by conversion alone, by each threshold strategy and with a
+            rate code, for what the last network reaches; on validation images, in up to a quarter of an hour.
+        threads: CPU threads to use; None: all cores.
+    """
+    from unitstep import energy, measurement
+    from unitstep.groups import read_groups
+    from unitstep.tables import equal_table, ratio_table, speed_table, stage_table
+
+    models = energy.MODELS | ({"own": energy.own(*pj)} if pj else {})
+
+    _use(threads)
+    with _bars() as bars:
+        measurement.measure_run(
+            run, data=data, device=device, bad_images=bad_images, speed=speed, curve=curve,
+            progress=bars.update,
+        )  # fmt: skip
+    (group,) = read_groups([run])
+    for table in (stage_table(group), ratio_table(group, models), speed_table(group), equal_table(group)):
+        _show(table)
+    return 0
+
+
+def report(
+    runs: tuple[Path, ...],
+    /,
+    out: Path,
+    format: Literal["html", "md"] | None = None,
+    pj: tuple[float, float] | None = None,
+) -> int:
+    """Write one page about runs that have been measured: a file that works offline. Nothing is run again.
+
+    Args:
+        runs: Folders of runs, of the same images. Runs of one recipe with other seeds are shown as mean and spread.
+        out: The file, overwritten if it is there.
+        format: html, or md for the tables as Markdown; None: md if the file's name ends so, else html.
+        pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
+    """
+    from unitstep import reporting
+
+    _say(f"{reporting.report(runs, out, format=format, pj=pj)} is written")
+    return 0
+
+
+def export(
+    run: Path,
+    /,
+    out: Path,
+    to: Literal["onnx", "nir"] = "onnx",
+    form: Literal["auto", "int8", "float"] = "auto",
+    steps: int = 1,
+    images: int = 1000,
+    pools: Literal["mean", "sum"] = "mean",
+    data: str | None = None,
+    bad_images: Literal["refuse", "skip"] = "refuse",
+    threads: int | None = None,
+) -> int:
+    """Write the network of one stage of a run as an ONNX file, run that file on validation images, and print how it
+    differs from the network. A file that is not the network is not written. Or write it as a NIR graph, for
+    neuromorphic software and chips.
+
+    Args:
+        run: Folder of the run.
+        out: The file, overwritten if it is there.
+        to: onnx for ordinary runtimes; nir for one timestep on neuromorphic ones.
+        form: Of an ONNX file: int8 is integer arithmetic from the pixels to the last spikes, for one timestep;
+            float is for any number of timesteps; auto is int8 for one timestep.
+        steps: Timesteps of the stage.
+        images: Validation images on which the file and the network are compared.
+        pools: Average pools in a NIR graph: mean as snnTorch and SpikingJelly read them, sum as Norse and sinabs
+            do.
+        data: Where the images are, if no longer where the run's recipe says.
+        bad_images: What to do with images that cannot be read.
+        threads: CPU threads to use; None: all cores.
+    """
+    from unitstep.data import load_train
+    from unitstep.exporting import describe, to_onnx
+    from unitstep.runs import Run, load
+    from unitstep.tables import Table
+
+    _use(threads)
+    if images < 1:
+        raise ValueError(f"--images must be 1 or more, not {images}")
+    trained = Run(run)
+    snn, r = load(trained, steps), trained.recipe
+    _, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
+    trained.check_images(val.classes)
+    shown, labels = next(val.batches(images))
+    if to == "nir":
+        if form != "auto":
+            raise ValueError(f"--form {form} is of ONNX files: leave it out with --to nir")
+        from unitstep.neuromorphic import to_nir
+
+        graph = to_nir(snn, out, shown, steps=steps, pools=pools)
+        kinds = Counter(type(node).__name__ for node in graph.nodes.values())
+        sys.stdout.write(f"{out}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}\n")
         return 0
-
-    return tyro.cli(pack, prog="unitstep pack", args=arguments)
-
-
-def _measure(arguments: list[str]) -> int:
-    import tyro
-
-    def measure(
-        run: Annotated[Path, tyro.conf.Positional],
-        data: str | None = None,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
-        bad_images: Literal["refuse", "skip"] = "refuse",
-        pj: tuple[float, float] | None = None,
-        speed: bool = True,
-        curve: bool = False,
-        threads: int | None = None,
-    ) -> int:
-        """Evaluate every finished stage of a run once on the test images; writes measure.json and prints accuracies,
-        spikes, operations, and energy by several models.
-
-        Args:
-            run: Folder of the run.
-            data: Where the images are, if no longer where the run's recipe says.
-            device: Where to evaluate; auto takes a GPU if there is one.
-            bad_images: What to do with images that cannot be read.
-            pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
-            speed: Time the networks, too, in PyTorch and in the runtimes that are installed; nothing else should run.
-            curve: Find how many timesteps the CNN needs by conversion alone, by each threshold strategy and with a
-                rate code, for what the last network reaches; on validation images, in up to a quarter of an hour.
-            threads: CPU threads to use; None: all cores.
-        """
-        from unitstep import energy, measurement
-        from unitstep.groups import read_groups
-        from unitstep.tables import equal_table, ratio_table, speed_table, stage_table
-
-        models = energy.MODELS | ({"own": energy.own(*pj)} if pj else {})
-
-        _use(threads)
-        with _bars() as bars:
-            measurement.measure_run(
-                run, data=data, device=device, bad_images=bad_images, speed=speed, curve=curve,
-                progress=bars.measuring,
-            )  # fmt: skip
-        (group,) = read_groups([run])
-        for table in (stage_table(group), ratio_table(group, models), speed_table(group), equal_table(group)):
-            _show(table)
-        return 0
-
-    return tyro.cli(measure, prog="unitstep measure", args=arguments)
-
-
-def _report(arguments: list[str]) -> int:
-    import tyro
-
-    def report(
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
-        out: Path,
-        format: Literal["html", "md"] | None = None,
-        pj: tuple[float, float] | None = None,
-    ) -> int:
-        """Write one page about runs that have been measured: a file that works offline. Nothing is run again.
-
-        Args:
-            runs: Folders of runs, of the same images. Runs of one recipe with other seeds are shown as mean and spread.
-            out: The file, overwritten if it is there.
-            format: html, or md for the tables as Markdown; None: md if the file's name ends so, else html.
-            pj: A further energy model, of your own figures: picojoules of a multiply-accumulate and of an accumulation.
-        """
-        from unitstep import reporting
-
-        _say(f"{reporting.report(runs, out, format=format, pj=pj)} is written")
-        return 0
-
-    return tyro.cli(report, prog="unitstep report", args=arguments)
-
-
-def _export(arguments: list[str]) -> int:
-    import tyro
-
-    def export(
-        run: Annotated[Path, tyro.conf.Positional],
-        out: Path,
-        to: Literal["onnx", "nir"] = "onnx",
-        form: Literal["auto", "int8", "float"] = "auto",
-        steps: int = 1,
-        images: int = 1000,
-        pools: Literal["mean", "sum"] = "mean",
-        data: str | None = None,
-        bad_images: Literal["refuse", "skip"] = "refuse",
-        threads: int | None = None,
-    ) -> int:
-        """Write the network of one stage of a run as an ONNX file, run that file on validation images, and print how it
-        differs from the network. A file that is not the network is not written. Or write it as a NIR graph, for
-        neuromorphic software and chips.
-
-        Args:
-            run: Folder of the run.
-            out: The file, overwritten if it is there.
-            to: onnx for ordinary runtimes; nir for one timestep on neuromorphic ones.
-            form: Of an ONNX file: int8 is integer arithmetic from the pixels to the last spikes, for one timestep;
-                float is for any number of timesteps; auto is int8 for one timestep.
-            steps: Timesteps of the stage.
-            images: Validation images on which the file and the network are compared.
-            pools: Average pools in a NIR graph: mean as snnTorch and SpikingJelly read them, sum as Norse and sinabs
-                do.
-            data: Where the images are, if no longer where the run's recipe says.
-            bad_images: What to do with images that cannot be read.
-            threads: CPU threads to use; None: all cores.
-        """
-        from unitstep.data import load_train
-        from unitstep.exporting import describe, to_onnx
-        from unitstep.runs import Run, load
-        from unitstep.tables import Table
-
-        _use(threads)
-        if images < 1:
-            raise ValueError(f"--images must be 1 or more, not {images}")
-        trained = Run(run)
-        snn, r = load(trained, steps), trained.recipe
-        _, val = load_train(data or r.data, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
-        trained.check_images(val.classes)
-        shown, labels = next(val.batches(images))
-        if to == "nir":
-            if form != "auto":
-                raise ValueError(f"--form {form} is of ONNX files: leave it out with --to nir")
-            from unitstep.neuromorphic import to_nir
-
-            graph = to_nir(snn, out, shown, steps=steps, pools=pools)
-            kinds = Counter(type(node).__name__ for node in graph.nodes.values())
-            sys.stdout.write(f"{out}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}\n")
-            return 0
-        chosen = None if form == "auto" else form
-        parity = to_onnx(snn, out, shown, labels, steps=steps, form=chosen, about=describe(r, val))
-        rows = [
-            (layer.name, str(layer.neurons), f"{layer.differ} of {layer.neurons * parity.images * parity.steps}")
-            for layer in parity.layers
-        ]
-        _show(Table("Compared", ("layer", "neurons", "spikes that differ"), rows))
-        against = " with its weights rounded to 8 bits" if parity.form == "int8" else ""
-        sys.stdout.write(
-            f"{parity.images} validation images in ONNX Runtime. Spikes and logits are compared with the network"
-            f"{against}; largest difference of a logit {parity.logits:.2g}\n"
-            f"accuracy: the network {parity.accuracy:.2f} %, the file {parity.file_accuracy:.2f} %; "
-            f"other predictions: {parity.changed}\n"
+    chosen = None if form == "auto" else form
+    parity = to_onnx(snn, out, shown, labels, steps=steps, form=chosen, about=describe(r, val))
+    rows = [
+        (layer.name, str(layer.neurons), f"{layer.differ} of {layer.neurons * parity.images * parity.steps}")
+        for layer in parity.layers
+    ]
+    _show(Table("Compared", ("layer", "neurons", "spikes that differ"), rows))
+    against = " with its weights rounded to 8 bits" if parity.form == "int8" else ""
+    sys.stdout.write(
+        f"{parity.images} validation images in ONNX Runtime. Spikes and logits are compared with the network"
+        f"{against}; largest difference of a logit {parity.logits:.2g}\n"
+        f"accuracy: the network {parity.accuracy:.2f} %, the file {parity.file_accuracy:.2f} %; "
+        f"other predictions: {parity.changed}\n"
+    )
+    for name, why in parity.in_float.items():
+        sys.stdout.write(f"{name} stays in floating point: {why}\n")
+    lost = (parity.accuracy or 0) - (parity.file_accuracy or 0)
+    if parity.form == "int8" and lost > 0.3:
+        option = "--thresholds percentile " if r.heights_per_channel else ""
+        option += "--stages.N.weight_bits 8, N being its last stage"
+        _say(
+            f"8-bit weights cost {lost:.2f} points here: take --form float, or train a new run with them: the same "
+            f"command as for {run}, another --out, and {option}"
         )
-        for name, why in parity.in_float.items():
-            sys.stdout.write(f"{name} stays in floating point: {why}\n")
-        if (lost := (parity.accuracy or 0) - (parity.file_accuracy or 0)) > 0.3:
-            option = "--thresholds percentile " if r.heights_per_channel else ""
-            option += "--stages.N.weight_bits 8, N being its last stage"
-            _say(
-                f"8-bit weights cost {lost:.2f} points here: take --form float, or train a new run with them: the same "
-                f"command as for {run}, another --out, and {option}"
-            )
-        if r.stages[-1].weight_bits is not None and parity.rounded:
-            _say(
-                f"{', '.join(parity.rounded)}: rounded once more, since factors of single inputs are in these weights, "
-                "so that the file is near to the trained network and not the same"
-            )
-        _say(f"{out}: {parity.form}, {out.stat().st_size / 1e6:.2f} MB")
-        return 0
-
-    return tyro.cli(export, prog="unitstep export", args=arguments)
+    if r.stages[-1].weight_bits is not None and parity.rounded:
+        _say(
+            f"{', '.join(parity.rounded)}: rounded once more, since factors of single inputs are in these weights, "
+            "so that the file is near to the trained network and not the same"
+        )
+    _say(f"{out}: {parity.form}, {out.stat().st_size / 1e6:.2f} MB")
+    return 0
 
 
-def _predict(arguments: list[str]) -> int:
-    import tyro
+def predict(
+    images: tuple[Path, ...],
+    /,
+    model: Path | None = None,
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+    top: int = 3,
+    json: bool = False,
+    threads: int | None = None,
+) -> int:
+    """Say what an exported network sees in image files: classes and their probabilities.
 
-    def predict(
-        images: Annotated[tuple[Path, ...], tyro.conf.Positional],
-        model: Path | None = None,
-        runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
-        top: int = 3,
-        json: bool = False,
-        threads: int | None = None,
-    ) -> int:
-        """Say what an exported network sees in image files: classes and their probabilities.
+    Args:
+        images: Image files, and folders of them.
+        model: File that unitstep export wrote; None: the CIFAR-10 network that comes with the package.
+        runtime: What runs it.
+        top: How many classes to show.
+        json: Print one JSON object per image instead of a table.
+        threads: CPU threads to use; None: the runtime's own choice.
+    """
+    from json import dumps
 
-        Args:
-            images: Image files, and folders of them.
-            model: File that unitstep export wrote; None: the CIFAR-10 network that comes with the package.
-            runtime: What runs it.
-            top: How many classes to show.
-            json: Print one JSON object per image instead of a table.
-            threads: CPU threads to use; None: the runtime's own choice.
-        """
-        from json import dumps
+    from rich.console import Console
+    from rich.progress import Progress
 
-        from rich.console import Console
-        from rich.progress import Progress
+    from unitstep import predicting
+    from unitstep.running import open_model
 
-        from unitstep import predicting
-        from unitstep.running import open_model
-
-        if not images:
-            raise ValueError("give image files or folders: unitstep predict photo.jpg")
-        network = open_model(model or predicting.SHIPPED, runtime, threads=threads)
-        if model is None:
-            names = ", ".join(network.about["classes"])
-            _say(f"unitstep: no --model is given, so the CIFAR-10 network of the package answers; it knows {names}")
-        paths = predicting.images_in(images)
-        width, failed = max(len(str(path)) for path in paths), 0
-        found = predicting.predict(paths, network, top=top)
-        shown = len(paths) > predicting.BATCH and sys.stderr.isatty()
-        # lines that go to a file or a pipe while the bar shows must not be taken to its console, others must
-        here = sys.stdout.isatty()
-        with Progress(console=Console(stderr=not here), disable=not shown, redirect_stdout=here) as bar:
-            for answer in bar.track(found, len(paths), description=""):
-                if answer.error is not None:
-                    failed += 1
-                    _say(f"unitstep: {answer.path} was left out: {answer.error}")
-                elif json:
-                    sys.stdout.write(dumps({"path": str(answer.path), "classes": dict(answer.classes)}) + "\n")
-                else:
-                    likely = "  ".join(f"{name} {100 * share:.1f} %" for name, share in answer.classes)
-                    sys.stdout.write(f"{answer.path!s:{width}}  {likely}\n")
-        return 1 if failed else 0
-
-    return tyro.cli(predict, prog="unitstep predict", args=arguments)
+    if not images:
+        raise ValueError("give image files or folders: unitstep predict photo.jpg")
+    network = open_model(model or predicting.SHIPPED, runtime, threads=threads)
+    if model is None:
+        names = ", ".join(network.about["classes"])
+        _say(f"unitstep: no --model is given, so the CIFAR-10 network of the package answers; it knows {names}")
+    paths = predicting.images_in(images)
+    width, failed = max(len(str(path)) for path in paths), 0
+    found = predicting.predict(paths, network, top=top)
+    shown = len(paths) > predicting.BATCH and sys.stderr.isatty()
+    # lines that go to a file or a pipe while the bar shows must not be taken to its console, others must
+    here = sys.stdout.isatty()
+    with Progress(console=Console(stderr=not here), disable=not shown, redirect_stdout=here) as bar:
+        for answer in bar.track(found, len(paths), description=""):
+            if answer.error is not None:
+                failed += 1
+                _say(f"unitstep: {answer.path} was left out: {answer.error}")
+            elif json:
+                sys.stdout.write(dumps({"path": str(answer.path), "classes": dict(answer.classes)}) + "\n")
+            else:
+                likely = "  ".join(f"{name} {100 * share:.1f} %" for name, share in answer.classes)
+                sys.stdout.write(f"{answer.path!s:{width}}  {likely}\n")
+    return 1 if failed else 0
 
 
 def _bench(arguments: list[str]) -> int:
-    import tyro
-
     def deploy(out: Path | None = None) -> int:
         """Time the one-timestep network as it is exported against the CNN it came from and against other libraries, in
         one interleaved run of about ten minutes. Nothing else should run meanwhile.
@@ -583,7 +567,7 @@ def _bench(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in races:
         _say("usage: unitstep bench deploy|train [--out RECORD.json] …")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    return tyro.cli(races[arguments[0]], prog=f"unitstep bench {arguments[0]}", args=arguments[1:])
+    return _call(f"unitstep bench {arguments[0]}", races[arguments[0]], arguments[1:])
 
 
 def _show(table: "Table | None") -> None:
@@ -622,12 +606,9 @@ class _bars:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self.progress.stop()
 
-    def _update(self, name: str, done: int, total: int, note: str) -> None:
+    def update(self, name: str, done: int, total: int, note: str = "") -> None:
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(name, total=total, note=note)
         self.progress.update(self.tasks[name], completed=done, note=note)
@@ -636,9 +617,6 @@ class _bars:
         best = "" if now.best is None else f"validation {now.best:.2f} %"
         if now.loss is not None:  # a GPU tells it now and then
             self.losses[now.stage.name] = f"loss {now.loss:.3f}"
-        self._update(now.stage.name, now.step, now.total, f"{self.losses.get(now.stage.name, ''):10} {best}")
+        self.update(now.stage.name, now.step, now.total, f"{self.losses.get(now.stage.name, ''):10} {best}")
         if now.done and self.progress.disable:
             sys.stdout.write(f"{now.stage.name}: validation {now.best:.2f} %, {now.seconds:.0f} s\n")
-
-    def measuring(self, name: str, done: int, total: int) -> None:
-        self._update(name, done, total, "")

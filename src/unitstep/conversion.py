@@ -282,20 +282,13 @@ def _bounds(node: fx.Node, module: nn.Module | None) -> tuple[Any, Any] | None:
 class _Proxy(fx.Proxy):  # type: ignore[misc,unused-ignore]
     """Augmented assignment changes a tensor in place; a plain Proxy traces it as if it made a new one."""
 
-    def _note(self, function: Any, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._note(operator.iadd, other)
+def _noted(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._note(operator.isub, other)
 
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._note(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._note(operator.itruediv, other)
+for _augmented in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_Proxy, f"__{_augmented.__name__}__", _noted(_augmented))
 
 
 class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
@@ -521,8 +514,11 @@ def spiking(
         raise ValueError("the network is a spiking one already: calibrate_ finds new thresholds for it")
     if (wrapper := type(cnn).__name__) in WRAPPERS:
         raise ValueError(f"{wrapper} is a wrapper: give the network in it, network.{WRAPPERS[wrapper]}")
-    if taken := [name for name, _ in cnn.named_children() if hasattr(Spiking, name)]:
-        raise ValueError(f"the network has a module named {taken[0]}, which in spiking networks is another: rename it")
+    own = (*cnn._modules.keys(), *cnn._parameters.keys(), *cnn._buffers.keys())
+    if taken := [name for name in own if hasattr(Spiking, name) or name == "meta"]:
+        raise ValueError(
+            f"the network has an attribute named {taken[0]}, which in spiking networks is another: rename it"
+        )
     if hasattr(cnn, "neurons"):
         raise ValueError(
             "the network has an attribute named neurons, the name under which the spiking neurons are stored: rename it"

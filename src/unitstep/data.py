@@ -15,8 +15,8 @@ import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
@@ -37,11 +37,11 @@ BORDERS = ("mean", "mirror")
 EVALUATION_ZOOM = 256 / 224  # streamed evaluation: shorter side over crop side
 MANY = 10_000  # an in-memory set of at least so many images is decoded by worker processes
 WORKERS = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+MEMORY_LIMIT = 4 * 2**30  # bytes of a decoded split; larger ones are streamed
 
 _EMBEDDED = {"fashion-mini": "fashion_mini"}
 _TEST_NAMES = ("test", "validation", "valid", "val")
 _LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "target", "class")
-_KNOWN_LABELS = {"uoft-cs/cifar100": "fine_label", "cifar100": "fine_label"}
 
 
 def load_train(
@@ -51,8 +51,6 @@ def load_train(
     channels: int,
     augment: str = "none",
     bad_images: Literal["refuse", "skip"] = "refuse",
-    memory_limit: int = 4 * 2**30,
-    workers: int = WORKERS,
 ) -> tuple[Split, Split]:
     """Load the split `train` of a source as (train, validation).
 
@@ -71,16 +69,16 @@ def load_train(
     pixels lie on white; 16 bits are rounded to 8; EXIF orientation is applied.
 
     A set is streamed instead of held in memory if `augment` is "resized-crop-flip", or if a split of it would take more
-    than `memory_limit` bytes; then evaluation resizes the shorter side to round(size·256/224) before the centre crop.
+    than 4 GiB; then evaluation resizes the shorter side to round(size·256/224) before the centre crop.
 
     `bad_images`: "refuse" raises at the first unreadable image (streamed: when its batch is read); "skip" leaves them
-    out, warns, and names them in `Split.skipped` (streamed: costs one pass over all images now).
-    `workers`: processes that decode a streamed set, or an in-memory one of at least 10,000 images; 0 decodes here. Off
-    Linux these processes import the main script again, so it needs its `if __name__ == "__main__"`.
+    out and warns (streamed: costs one pass over all images now).
+    Up to eight processes decode a streamed set, or an in-memory one of at least 10,000 images. Off Linux they import
+    the main script again, so it needs its `if __name__ == "__main__"`.
 
     Errors: ValueError for whatever is wrong with the arguments or the source, with the way out.
     """
-    opened = _open(source, size, channels, augment, bad_images, memory_limit, workers)
+    opened = _open(source, size, channels, augment, bad_images)
     labels = opened.labels["train"]
     held = _held_out(labels, opened.classes, source)
     return opened.split("train", (~held).nonzero().flatten()), opened.split("train", held.nonzero().flatten())
@@ -93,15 +91,13 @@ def load_test(
     channels: int,
     augment: str = "none",
     bad_images: Literal["refuse", "skip"] = "refuse",
-    memory_limit: int = 4 * 2**30,
-    workers: int = WORKERS,
 ) -> Split:
     """Load the test split of a source: the first of test, validation, valid, val that has labels.
 
-    Arguments and errors are those of `load_train`. `augment` is the recipe's: it augments nothing here, but decides
-    together with `memory_limit`, exactly as in `load_train`, how images are resized for evaluation.
+    Arguments and errors are those of `load_train`. `augment` is the recipe's: it augments nothing here, but
+    decides, as in `load_train`, how images are resized for evaluation.
     """
-    opened = _open(source, size, channels, augment, bad_images, memory_limit, workers)
+    opened = _open(source, size, channels, augment, bad_images)
     return opened.split(opened.test, torch.arange(len(opened.labels[opened.test])))
 
 
@@ -112,7 +108,6 @@ def pack(
     size: int,
     channels: int,
     bad_images: Literal["refuse", "skip"] = "refuse",
-    workers: int = WORKERS,
 ) -> list[Path]:
     """Decode a source once and write it to the folder `out` as tensor files of at most 60 MB; returns their paths.
 
@@ -121,7 +116,7 @@ def pack(
     are those of `load_train`; ValueError also if `out` holds something, or if the set is too large for memory.
     """
     folder = Path(out)
-    opened = _open(source, size, channels, "none", bad_images, 4 * 2**30, workers)
+    opened = _open(source, size, channels, "none", bad_images)
     if isinstance(opened, _Opened) and opened.streamed:
         raise ValueError(f"{source!r} is too large for memory at {size}×{size} pixels; only smaller sets can be packed")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -160,15 +155,13 @@ class Split(ABC):
     """The labelled images of one split, and how batches of them are made. Abstract: `InMemory` or `Streamed`.
 
     `classes`: names, K ≥ 2; `labels`: int64 [N], 0 ≤ label < K; `shape`: (C, H, W) of a batch's images;
-    `short`: pixels that an image's shorter side is resized to before the centre is cut out for evaluation;
-    `skipped`: the unreadable images that were left out (not counted in N), by path or by split and row.
+    `short`: pixels that an image's shorter side is resized to before the centre is cut out for evaluation.
     """
 
     classes: tuple[str, ...]
     labels: Tensor
     shape: tuple[int, int, int]
     short: int
-    skipped: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -236,22 +229,14 @@ class InMemory(Split):
 
     Augmentation works on whole batches, on their device; batch k draws from a CPU generator seeded with `mix(seed, k)`.
     "flip" mirrors each image with probability 1/2; "crop-flip" also shifts it by up to `padding` pixels both ways.
-    Pixels are not normalised yet, so with border "mean" what comes in from outside has the value `fill`, by default
-    the split's mean pixel, rounded (one integer for all channels). "resized-crop-flip" needs the large images: only a
+    Pixels are not normalised yet, so with border "mean" what comes in from outside has the value `fill`, the split's
+    mean pixel, rounded (one integer for all channels). "resized-crop-flip" needs the large images: only a
     `Streamed` split has it.
 
     Errors: ValueError if the parts do not fit together.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        classes: Sequence[str],
-        *,
-        fill: int | None = None,
-        skipped: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0:
             raise ValueError(f"images must be uint8 [N, C, H, W] with N ≥ 1, not {images.dtype} {list(images.shape)}")
         if labels.shape != images.shape[:1] or labels.is_floating_point():
@@ -259,14 +244,14 @@ class InMemory(Split):
         self.images, self.labels, self.classes = images, labels.long(), tuple(classes)
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
         self.short = images.shape[3]
-        self.fill = round(images.cpu().numpy().mean(dtype=np.float64)) if fill is None else fill
-        self.skipped = tuple(skipped)
+        self.fill = round(images.cpu().numpy().mean(dtype=np.float64))
         _check_classes(self.classes, "these images")
         _check_labels(self.labels, self.classes, "these images")
 
     def to(self, device: torch.device | str) -> InMemory:
-        images, labels = self.images.to(device), self.labels.to(device)
-        return InMemory(images, labels, self.classes, fill=self.fill, skipped=self.skipped)
+        moved = copy.copy(self)
+        moved.images, moved.labels = self.images.to(device), self.labels.to(device)
+        return moved
 
     def _read(
         self, batches: Sequence[Tensor], seed: int | None, start: int, changes: _Changes
@@ -295,7 +280,7 @@ class InMemory(Split):
 
 @final
 class Streamed(Split):
-    """A split whose images are decoded on the way, by `workers` processes; made by `load_train` and `load_test`.
+    """A split whose images are decoded on the way, by other processes; made by `load_train` and `load_test`.
 
     Evaluation, and training with augment="none": shorter side to round(size·256/224), then the centre crop.
     "flip" mirrors each image with probability 1/2. "resized-crop-flip" cuts out a random box (8–100 % of the area,
@@ -306,20 +291,11 @@ class Streamed(Split):
     Errors while reading: ValueError that names the first unreadable image, or for "crop-flip" or a cutout.
     """
 
-    def __init__(
-        self,
-        reader: _Reader,
-        rows: Tensor,
-        labels: Tensor,
-        classes: tuple[str, ...],
-        *,
-        workers: int,
-        skipped: tuple[str, ...] = (),
-    ) -> None:
-        self.labels, self.classes, self.skipped = labels, classes, skipped
+    def __init__(self, reader: _Reader, rows: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
+        self.labels, self.classes = labels, classes
         self.shape = (reader.channels, reader.size, reader.size)
         self.short = reader.short
-        self._reader, self._rows, self._workers, self._device = reader, rows, workers, torch.device("cpu")
+        self._reader, self._rows, self._device = reader, rows, torch.device("cpu")
 
     def to(self, device: torch.device | str) -> Streamed:
         moved = copy.copy(self)
@@ -338,7 +314,7 @@ class Streamed(Split):
             )
         jobs = (_Job(self._rows[positions].tolist(), seed, changes.augment) for positions in batches)
         pin = self._device.type == "cuda"
-        decoded = _decode_all(self._reader, jobs, min(self._workers, len(batches)), pin)
+        decoded = _decode_all(self._reader, jobs, min(WORKERS, len(batches)), pin)
         for positions, (images, bad) in zip(batches, decoded, strict=True):
             if bad:
                 raise _unreadable(bad)
@@ -379,7 +355,6 @@ class _Opened:
     channels: int
     streamed: bool
     bad_images: str
-    workers: int
 
     def split(self, name: str, rows: Tensor) -> Split:
         """The given rows (int64 [N]) of a split, decoded if it is to live in memory."""
@@ -391,7 +366,7 @@ class _Opened:
         if not self.streamed or self.bad_images == "skip":  # read every image once
             jobs = (_Job(chunk.tolist()) for chunk in rows.split(256))
             done = 0
-            for decoded, faults in _decode_all(reader, jobs, self.workers if len(rows) >= MANY or self.streamed else 0):
+            for decoded, faults in _decode_all(reader, jobs, WORKERS if len(rows) >= MANY or self.streamed else 0):
                 if faults and self.bad_images == "refuse":
                     raise _unreadable(faults)
                 bad.update(faults)
@@ -401,12 +376,13 @@ class _Opened:
             rows = rows[[row not in bad for row in rows.tolist()]]
         if len(rows) == 0:
             raise _unreadable(bad)
-        labels, skipped = self.labels[name][rows], tuple(fault.name for fault in bad.values())
-        if skipped:
-            warnings.warn(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}", stacklevel=2)
+        if bad:
+            some = ", ".join(fault.name for fault in list(bad.values())[:5])
+            warnings.warn(f"{len(bad)} unreadable images were left out: {some}", stacklevel=2)
+        labels = self.labels[name][rows]
         if self.streamed:
-            return Streamed(reader, rows, labels, self.classes, workers=self.workers, skipped=skipped)
-        return InMemory(images[: len(rows)], labels, self.classes, skipped=skipped)
+            return Streamed(reader, rows, labels, self.classes)
+        return InMemory(images[: len(rows)], labels, self.classes)
 
 
 @dataclass(frozen=True)
@@ -429,16 +405,12 @@ class _Packed:
         return InMemory(part.images[rows], part.labels[rows], part.classes)
 
 
-def _open(
-    source: str, size: int, channels: int, augment: str, bad_images: str, memory_limit: int, workers: int
-) -> _Opened | _Packed:
+def _open(source: str, size: int, channels: int, augment: str, bad_images: str) -> _Opened | _Packed:
     _positive(size, "size")
     _one_of(augment, AUGMENTATIONS, "augment")
     _one_of(bad_images, ("refuse", "skip"), "bad_images")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (colour), not {channels}")
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, not {workers}")
 
     if packed.is_packed(folder := Path(os.path.expanduser(source))):
         parts = packed.read(folder)
@@ -457,7 +429,7 @@ def _open(
     tables = _load(place, choice.get("config"))
     features = next(iter(tables.values())).features
     image = _image_column(features, choice.get("image"), source)
-    label = _label_column(features, choice.get("label", _KNOWN_LABELS.get(place)), source)
+    label = _label_column(features, choice.get("label"), source)
 
     labels = {name: _labels(table, label) for name, table in tables.items()}
     test = next((name for name in _TEST_NAMES if name in labels and bool((labels[name] >= 0).any())), None)
@@ -475,9 +447,9 @@ def _open(
         _check_labels(labels[name], classes, f"split {name!r} of {source!r}")
 
     largest = max(len(labels["train"]), len(labels[test])) * channels * size * size
-    streamed = augment == "resized-crop-flip" or largest > memory_limit
+    streamed = augment == "resized-crop-flip" or largest > MEMORY_LIMIT
     images = {name: tables[name].select_columns([image]).with_format("arrow") for name in ("train", test)}
-    return _Opened(images, labels, test, classes, image, size, channels, streamed, bad_images, workers)
+    return _Opened(images, labels, test, classes, image, size, channels, streamed, bad_images)
 
 
 def _load(place: str, config: str | None) -> Mapping[str, Any]:
@@ -546,30 +518,20 @@ def _hub_answers() -> bool:
 def _quiet(offline: bool) -> Iterator[None]:
     """No progress bars, log lines or warnings of the Hugging Face libraries; all settings are put back afterwards."""
     import datasets
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    import huggingface_hub.utils
 
-    loggers = [(logger, logger.level) for logger in map(logging.getLogger, ("datasets", "huggingface_hub"))]
-    restore: list[Callable[[], object]] = []
-    if not datasets.are_progress_bars_disabled():
-        restore.append(datasets.enable_progress_bars)
-    if not are_progress_bars_disabled():
-        restore.append(enable_progress_bars)
-    was_offline = datasets.config.HF_HUB_OFFLINE
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as undo:
         warnings.simplefilter("ignore")
-        try:
-            datasets.disable_progress_bars()
-            disable_progress_bars()
-            for logger, _ in loggers:
-                logger.setLevel(logging.CRITICAL)
-            datasets.config.HF_HUB_OFFLINE = was_offline or offline
-            yield
-        finally:
-            datasets.config.HF_HUB_OFFLINE = was_offline
-            for logger, level in loggers:
-                logger.setLevel(level)
-            for undo in restore:
-                undo()
+        for bars in (datasets.utils, huggingface_hub.utils):
+            if not bars.are_progress_bars_disabled():
+                bars.disable_progress_bars()
+                undo.callback(bars.enable_progress_bars)
+        for logger in map(logging.getLogger, ("datasets", "huggingface_hub")):
+            undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        undo.callback(setattr, datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or offline
+        yield
 
 
 def _image_column(features: Mapping[str, Any], chosen: str | None, source: str) -> str:
@@ -585,6 +547,8 @@ def _label_column(features: Mapping[str, Any], chosen: str | None, source: str) 
     classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     integers = [name for name, feature in features.items() if "int" in getattr(feature, "dtype", "")]
     columns = classes or [name for name in integers if name in _LABEL_NAMES]
+    if chosen is None and columns == ["fine_label", "coarse_label"]:  # CIFAR-100
+        columns = columns[:1]
     return _pick(columns if chosen is None else classes + integers, chosen, "label", source, features)
 
 

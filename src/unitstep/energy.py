@@ -7,8 +7,9 @@ of SRAM 100 and from DRAM 1300 pJ. No model is a measurement: none knows of cont
 """
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 FP32_MAC, FP32_ADD = 4.6, 0.9
@@ -36,12 +37,7 @@ class Energy:
         return self.fixed + self.spikes
 
     def __add__(self, other: "Energy") -> "Energy":
-        return Energy(
-            self.cnn_fp32 + other.cnn_fp32,
-            self.cnn_int8 + other.cnn_int8,
-            self.fixed + other.fixed,
-            self.spikes + other.spikes,
-        )
+        return Energy(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 spikes are compared one by one. Knows nothing of runs, training or data sets.
 """
 
+import contextlib
 import copy
 import json
 import logging
@@ -161,9 +162,11 @@ def _float_model(fused: fx.GraphModule, images: Tensor) -> onnx.ModelProto:
 
 def onnx_of(net: nn.Module, images: Tensor, outputs: Sequence[str] = (LOGITS,)) -> onnx.ModelProto:
     """Any module of images [N, C, H, W] as PyTorch's own exporter writes it, for any N. ValueError if it cannot."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    logger = logging.getLogger("torch.onnx")
+    with warnings.catch_warnings(), contextlib.ExitStack() as undo:
         warnings.simplefilter("ignore")  # of the exporter's own
+        undo.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         try:
             batch, two = torch.export.Dim("N", min=1), torch.cat([images[:1]] * 2)  # of one, N would be fixed
             exported = torch.export.export(net, (two,), dynamic_shapes=({0: batch},))
@@ -250,8 +253,7 @@ def _spikes(lif: LIF, layer: Activity) -> tuple[Tensor, Tensor]:
     """Of a recorded layer: spikes, and whether rounding decided them, bool [T, B, …]."""
     current, steps = layer.current, len(layer.spikes)
     V = per_channel(lif.threshold.detach(), current.dim() - 1)
-    left = (lif.initial * V).expand_as(current[0]) if lif.initial else None
-    states = membranes(current, V, lif.leak.detach(), steps, left)
+    states = membranes(current, V, lif.leak.detach(), steps, lif.initial)
     return layer.spikes, torch.stack([_undecided(membrane, V) for _, membrane, _ in states])
 
 

@@ -54,13 +54,14 @@ class Fire(nn.Module):
         self.register_buffer("height", V.clone() if lif.height == "threshold" else torch.ones(()))
 
     def forward(self, current: Tensor) -> Tensor:
-        V = per_channel(self.threshold, current.dim())
-        if self.steps == 1:  # in fp32, as a `LIF` does
-            fired = (current.float() if current.dtype in (torch.bfloat16, torch.float16) else current) > V
+        precision = torch.promote_types(current.dtype, torch.float32)  # as that of a `LIF`
+        V = per_channel(self.threshold, current.dim()).to(precision)
+        if self.steps == 1:
+            fired = current.to(precision) > V
         else:
             over_time = current.unflatten(0, (self.rows, current.shape[0] // self.rows))
-            left = (self.initial * V).expand_as(over_time[0]) if self.initial else None
-            fired = torch.cat([fires for _, _, fires in membranes(over_time, V, self.leak, self.steps, left)])
+            states = membranes(over_time, V, self.leak.to(precision), self.steps, self.initial)
+            fired = torch.cat([fires for _, _, fires in states])
         return fired.to(current.dtype) * per_channel(self.height, current.dim()).to(current.dtype)
 
     def extra_repr(self) -> str:
@@ -68,16 +69,20 @@ class Fire(nn.Module):
 
 
 class Scale(nn.Module):
-    """x·factor, one for all or one per channel (dimension 1): the height of spikes that meet no weights."""
+    """x·factor + bias, one for all or one per channel (dimension 1): the height of spikes that meet no weights, or what
+    whole numbers stand for."""
 
     factor: Tensor
+    bias: Tensor | None
 
-    def __init__(self, factor: Tensor) -> None:
+    def __init__(self, factor: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("factor", factor.clone())
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * per_channel(self.factor, x.dim()).to(x.dtype)
+        scaled = x * per_channel(self.factor, x.dim()).to(x.dtype)
+        return scaled if self.bias is None else scaled + per_channel(self.bias, x.dim())
 
 
 def per_channel(values: Tensor, dimensions: int) -> Tensor:
@@ -136,12 +141,16 @@ def sums_channels(net: nn.Module, node: fx.Node) -> bool:
 def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
     """A copy of `snn` without its input `steps`, and with a module of its own, under the call's name, for every call of
     one."""
-    root, graph = nn.Module(), copy.deepcopy(snn.graph)
+    root, graph = nn.Module(), fx.Graph()
+    numbers: dict[Any, Any] = {
+        node: steps
+        for node in snn.graph.nodes
+        if node.target is check_steps or (node.op, node.target) == ("placeholder", "steps")
+    }
+    graph.output(graph.graph_copy(snn.graph, numbers))
     for node in list(graph.nodes):
         module = module_of(snn, node)
-        if node.target is check_steps or (node.op, node.target) == ("placeholder", "steps"):
-            _put_number(node, steps)
-        elif isinstance(module, SharedDropout | nn.Identity) or (steps == 1 and node.target in (repeat, read_out)):
+        if isinstance(module, SharedDropout | nn.Identity) or (steps == 1 and node.target in (repeat, read_out)):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
         elif module is not None:
@@ -215,17 +224,6 @@ def _plain(module: nn.Module) -> nn.Module:
         for name, value in computed.items():
             plain.register_parameter(name, nn.Parameter(value.clone()))
     return plain
-
-
-def _put_number(node: fx.Node, number: int) -> None:
-    """Let those who use the value of `node` have `number` instead, and remove it."""
-
-    def put(arg: fx.Node) -> Any:
-        return number if arg is node else arg
-
-    for user in list(node.users):
-        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), put)
-    node.graph.erase_node(node)
 
 
 def _heights_into_weights(net: fx.GraphModule) -> None:
@@ -384,7 +382,7 @@ def called_once(net: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and sum(use.startswith(f"{node.target}.") for use in uses) == 1
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """(γ/σ, β − γμ/σ) of each channel: what a batch norm in evaluation multiplies by and adds."""
     mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     scale = (var + norm.eps).rsqrt()  # type: ignore[operator]
@@ -399,7 +397,7 @@ def _fold_into_previous(norm: nn.Module, layer: Any) -> Any:
     is of another length."""
     if isinstance(layer, nn.Linear) and layer.out_features != norm.num_features:
         return None
-    scale, shift = _affine(norm)
+    scale, shift = affine(norm)
     by_weight = scale.view(-1, 1)  # [O, 1], or [I, O / groups] where inputs come first
     if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
         by_weight = scale.view(layer.groups, -1).repeat_interleave(layer.in_channels // layer.groups, 0)
@@ -423,7 +421,7 @@ def _fold_into_next(norm: nn.Module, layer: Any) -> Any:
         return None
     layer = copy.deepcopy(layer)
     weight = layer.weight.detach()
-    scale, shift = (_by_input(x, weight, groups) for x in _affine(norm))
+    scale, shift = (_by_input(x, weight, groups) for x in affine(norm))
     bias = (weight * shift).flatten(1).sum(1)
     layer.weight = nn.Parameter(weight * scale)
     layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias.detach() + bias)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unitstep.recipes import recipe_from_dict
 from unitstep.runs import Run
 
 COLOURS = ("#3b76af", "#ef8636", "#519e3e", "#c53a32", "#8d69b8", "#84584e")
@@ -45,7 +46,8 @@ def read_groups(runs: Sequence[Run | str | Path]) -> list[Group]:
             )
     groups: dict[str, Group] = {}
     for run, found in zip(opened, measured, strict=True):
-        key = json.dumps(found["recipe"] | {"seed": 0, "data": ""}, sort_keys=True)
+        whole = recipe_from_dict(found["recipe"]).to_dict()  # fields that came later have their defaults
+        key = json.dumps(whole | {"seed": 0, "data": ""}, sort_keys=True)
         if key not in groups:
             taken = any(group.runs[0].recipe.name == run.recipe.name for group in groups.values())
             name = f"{run.recipe.name}, {run.path.name}" if taken else run.recipe.name
@@ -63,19 +65,13 @@ def _measured(run: Run) -> dict[str, Any]:
     found = run.measurement
     if found is None:
         raise ValueError(f"{run.path} has not been measured: unitstep measure {run.path}")
-    keys = {"recipe", "data", "stages", "machine", "versions", "trained"}
-    damaged = f"{run.path / 'measure.json'} is damaged: unitstep measure {run.path} writes it again"
-    if not keys <= found.keys() or not found["stages"]:
-        raise ValueError(damaged)
-    if any("confusion" not in stage for stage in found["stages"]):
+    data = found.get("data") or {}
+    whole = {"recipe", "data", "stages", "machine", "versions", "trained"} <= found.keys() and found["stages"]
+    whole = whole and {"source", "classes", "test_images"} <= data.keys()
+    if not whole or any(not stage.keys() >= STAGE for stage in found["stages"]):
         raise ValueError(
-            f"{run.path / 'measure.json'} was written by an older version, without operations: unitstep measure "
-            f"{run.path} writes it again"
+            f"{run.path / 'measure.json'} is damaged or of another version: unitstep measure {run.path} writes it again"
         )
-    if not {"source", "classes", "test_images"} <= found["data"].keys() or any(
-        not stage.keys() >= STAGE for stage in found["stages"]
-    ):
-        raise ValueError(damaged)
     return found
 
 
@@ -119,10 +115,3 @@ def cell(value: float | None, digits: int, spread: float | None = None) -> str:
     if value is None:
         return ""
     return f"{value:,.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
-
-
-def last_points(curve: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of conversion alone, as measure.json has it: the point with most timesteps of each strategy and initial
-    membrane."""
-    ends = {(row["strategy"], row["initial"]): row for row in curve["rows"]}
-    return list(ends.values())

@@ -47,14 +47,12 @@ from unitstep.runs import (
     locked,
     open_run,
     rebuild,
-    shape_thresholds_,
     structure,
 )
 from unitstep.timing import forget_peak, peak
 from unitstep.whitening import plain_state, whiten_
 
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
-NO_COMPILER = "there is no C++ compiler here (g++), no Python.h (Debian: python3-dev), or no Triton for the GPU"
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
 TEMPERATURE = 2.0  # of distillation
 BF16_FROM = 1.3  # times as fast as fp32 from which bf16 is taken
@@ -105,7 +103,7 @@ def train(
     cnn: Run | str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
-    compile: Literal["auto", "on", "off"] = "auto",
+    compile: Literal["auto", "off"] = "auto",
     time_limit: float | None = None,
     max_loss: float | None = None,
     bad_images: Literal["refuse", "skip"] = "refuse",
@@ -114,12 +112,12 @@ def train(
     """Train all stages of `recipe` in the run folder `out`, or go on with what is there; returns the run as far as it
     got.
 
-    data: images to use in place of the recipe's.
+    data: where the images are, if not where the recipe says. A run goes on with the same images at another place.
     cnn: a run whose trained CNN is taken over, so that several ladders start from the same one; its seconds come with
     it.
     device: auto, cpu, cuda.  precision: auto, fp32, bf16 (mixed: weights, membranes, evaluation stay fp32).
-    compile: fuse the neurons by torch.compile; auto does where a compiler is there and the stage is long enough to
-    gain. On a GPU, auto and on also record a step once and replay it.
+    compile: auto fuses the neurons by torch.compile where a compiler is there and the stage is long enough to gain; on
+    a GPU it also records a step once and replays it.
     time_limit: minutes after which it stops, with a saved state.  max_loss: percentage points of validation accuracy;
     the ladder ends at the first T that loses more than that against the CNN.  bad_images: refuse or skip unreadable
     ones. Raises ValueError for a user's mistake, FloatingPointError if the loss is not finite, KeyboardInterrupt after
@@ -128,9 +126,9 @@ def train(
     started = time.monotonic()
     if time_limit is not None and time_limit < 0:
         raise ValueError(f"time_limit must be 0 or more minutes, not {time_limit:g}")
+    if compile not in ("auto", "off"):
+        raise ValueError(f"compile must be auto or off, not {compile!r}")
     where = choose_device(device)
-    if compile == "on" and not compiler_available(where):
-        raise ValueError(f"{NO_COMPILER}: neurons cannot be compiled; --compile auto does without")
     if data is not None:
         recipe = replace(recipe, data=data)
     if precision == "auto" and begun(Path(out)) and (Path(out) / "recipe.json").exists():
@@ -140,7 +138,7 @@ def train(
     if (chosen := run.about.get("precision", "fp32")) != ("bf16" if amp else "fp32"):
         raise ValueError(f"{run.path} was begun in {chosen} and goes on only so: leave --precision at auto")
     limit = math.inf if time_limit is None else started + 60 * time_limit
-    with locked(run), _sigint() as interrupted:
+    with locked(run.path), _sigint() as interrupted:
         for path in (run.state_path, *map(run.stage_path, range(len(recipe.stages)))):
             remove_unfinished(path)
         train_split, val_split = load_train(
@@ -163,7 +161,15 @@ def train(
                     run, index, train_split, val_split, where, amp, progress or (lambda _: None), compile != "off"
                 )
                 with compiled(_pays(compile, fit.net, stage, train_split, where)):
-                    finished = fit.climb(stop)
+                    try:
+                        finished = fit.climb(stop)
+                    except torch.OutOfMemoryError as error:
+                        raise ValueError(
+                            f"stage {stage.name} does not fit into the memory of the GPU. In a new folder (--cnn "
+                            f"{run.path} takes a finished CNN over), what takes less: a batch in more parts "
+                            f"(--stages.{index}.accumulate, now {stage.accumulate}), a smaller --stages.{index}.batch, "
+                            f"or, at several timesteps, --stages.{index}.recompute"
+                        ) from error
                 del fit.replayed, fit  # which hold each other, and the GPU's memory
                 if not finished or (index + 1 < len(recipe.stages) and stop()):
                     if interrupted.is_set():
@@ -182,8 +188,7 @@ def _take_cnn(run: Run, source: Run, val: Split, device: torch.device) -> None:
     if not source.stage_path(0).exists():
         raise ValueError(f"{source.path} has no trained CNN to start from: unitstep train goes on with it")
     tensors, info = source.load(source.stage_path(0), 0)
-    if tuple(info["classes"]) != val.classes:
-        raise ValueError(f"the CNN of {source.path} was trained for other classes: {', '.join(info['classes'][:10])}")
+    source.check_images(val.classes)
     alike = ("net", "size", "channels", "pool", "pixel_zero", "pixel_scale")
     if other := [name for name in alike if getattr(source.recipe, name) != getattr(run.recipe, name)]:
         raise ValueError(f"the CNN of {source.path} is not this recipe's network: other {', '.join(other)}")
@@ -249,11 +254,10 @@ def convert(
     cnn = build_cnn(recipe, len(split.classes)).to(where).eval()
     if weights is not None:
         load_weights_(cnn.get_submodule("cnn") if ":" in recipe.net else cnn, weights)
-    images = calibration_images(recipe, split).to(where)
+    images, val = calibration_images(recipe, split).to(where), val.to(where)
     _check_output(recipe, cnn, split.classes)
     steps = recipe.stages[1].steps or 1
     snn = to_spiking(cnn, images, steps=steps, **structure(recipe, cnn), **finding(recipe))
-    val = val.to(where)
     before, after = accuracy(cnn, val, None, where), accuracy(snn, val, steps, where)
     run = open_run(path, recipe, precision=chosen, device=where.type)
     run.save(run.stage_path(0), cnn.state_dict(), 0, val_accuracy=before, seconds=0.0, classes=split.classes)
@@ -290,8 +294,6 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
 
 def load_weights_(net: nn.Module, path: str | Path) -> None:
     """Load a safetensors file with exactly the tensors of `net`'s state dict. ValueError if it is anything else."""
-    if not Path(path).exists():
-        raise ValueError(f"there is no file {path}")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -339,11 +341,9 @@ class _Fit:
         self.losses: list[Tensor] = []  # of the epoch so far; on the device, so that no step waits for the last
         state = self._saved_state()
         net = self._start(fresh=state is None)
-        if state is not None and isinstance(net, Spiking):
-            shape_thresholds_(net, _under("model.", state[0]))
         self.net = net.to(device)
         if run.recipe.whiten:
-            images = calibration_images(run.recipe, train).to(device)
+            images = calibration_images(run.recipe, train)
             given = () if self.stage.steps is None else (1,)  # step; pixels are the same at each
             whiten_(self.net, images, *given, fresh=index == 0 and ":" not in run.recipe.net)
         if self.stage.weight_bits is not None:
@@ -351,14 +351,16 @@ class _Fit:
                 refuse_hooks(self.net)  # as the end of the stage would
             round_weights_(self.net, self.stage.weight_bits)
         self.trained = recomputing(self.net) if self.stage.recompute and isinstance(self.net, Spiking) else self.net
-        self.teacher = self._teacher() if self.stage.distillation else None
+        self.teacher = run.net(0).requires_grad_(False).to(device) if self.stage.distillation else None
         self.optimizer = _optimizer(self.net, self.stage, device)
         if state is not None:
             self._restore(*state)
         # to recompute, the state of random numbers is read between kernels
         recorded = replay and device.type == "cuda" and not self.stage.recompute
         self.replayed = Replayed(self._compute) if recorded else None
-        _forget_peak_memory(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        forget_peak()
         self.since = self.step, time.monotonic()  # when this epoch, or what is left of it, began
 
     def _start(self, *, fresh: bool) -> nn.Module:
@@ -385,14 +387,14 @@ class _Fit:
         if fresh:
             images = calibration_images(recipe, self.train)
             steps, options = self.stage.steps or 1, finding(recipe)
-            calibrate_(snn.to(self.device), images.to(self.device), steps=steps, refresh_norms=True, **options)
+            calibrate_(snn.to(self.device), images, steps=steps, refresh_norms=True, **options)
         return snn
 
     def _warn_of_silence(self, snn: nn.Module) -> None:
         """Say so if spikes vanish on the way from the stage above to this number of timesteps: without them nothing
         learns."""
         assert isinstance(snn, Spiking)
-        images = calibration_images(self.run.recipe, self.train)[:64].to(self.device)
+        images = calibration_images(self.run.recipe, self.train)[:64]
         with torch.no_grad(), record(snn.to(self.device)) as seen:
             forward(snn.eval(), images, self.stage.steps)
         silent = [name for name, layer in seen.items() if not layer.spikes.any()]
@@ -403,10 +405,6 @@ class _Fit:
                 "thresholds for it",
                 stacklevel=2,
             )
-
-    def _teacher(self) -> nn.Module:
-        cnn = self.run.net(0).requires_grad_(False)
-        return cnn.to(self.device)
 
     def climb(self, stop: Callable[[], bool]) -> bool:
         """Train until the stage is finished and its file is written, or until `stop()`: then the state is saved and
@@ -440,8 +438,10 @@ class _Fit:
             snn = rebuild(recipe, len(self.train.classes), self.best, spikes=True)
             centre_thresholds_(snn, torch.zeros(1, *self.train.shape, dtype=torch.uint8))  # type: ignore[arg-type]
             self.best = snn.state_dict()
-        info = {"val_accuracy": self.best_accuracy, "seconds": round(self.seconds, 3), "classes": self.train.classes}
-        self.run.save(self.run.stage_path(self.index), self.best, self.index, **info)
+        self.run.save(
+            self.run.stage_path(self.index), self.best, self.index, val_accuracy=self.best_accuracy,
+            seconds=round(self.seconds, 3), classes=self.train.classes, images=len(self.train),
+        )  # fmt: skip
         self.run.state_path.unlink(missing_ok=True)
         self._tell(done=True)
         return True
@@ -468,13 +468,13 @@ class _Fit:
         total = torch.zeros((), device=self.device)
         parts = min(self.stage.accumulate, len(images))
         for part, target in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            part, wanted = part.to(self.device), None
+            wanted = None
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 if self.teacher is not None:
                     wanted = forward(self.teacher, part, None).float()
                 with counted(self.net, self.stage.spike_penalty > 0) as spikes:
                     logits = forward(self.trained, part, self.stage.steps)
-            loss = loss_of(logits.float(), target.to(self.device), self.stage, wanted)
+            loss = loss_of(logits.float(), target, self.stage, wanted)
             if spikes:
                 loss = loss + self.stage.spike_penalty * spikes_per_neuron(spikes, len(part))
             loss = loss * (len(part) / len(images))
@@ -521,7 +521,8 @@ class _Fit:
             "seconds": round(self.seconds + validated - clock, 1),
             "images_per_second": round(images / (trained - self.since[1]), 1),  # without validation
             "val_seconds": round(validated - trained, 3),
-            "memory": _peak_memory(self.device),  # of the stage so far
+            # bytes of the stage so far, at their peak: on a GPU what torch had allocated there, else of this process
+            "memory": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak(),
         }
         if isinstance(self.net, Spiking):
             row["thresholds"] = [round(lif.threshold.mean().item(), 5) for lif in self.net.lifs.values()]
@@ -641,31 +642,19 @@ def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.opti
     return torch.optim.Adam(groups, amsgrad=True, fused=True, capturable=gpu)
 
 
-def _forget_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    forget_peak()
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Bytes since it was forgotten: on a GPU what torch had allocated there, else this process's memory."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak()
-
-
 def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch.device) -> bool:
     """Whether the stage's neurons are worth compiling."""
     if choice == "off" or not isinstance(net, Spiking) or stage.steps is None:
         return False
-    if choice == "on":
-        return True
     with torch.no_grad(), record(net) as seen:
         net.eval()(torch.zeros(1, *train.shape, dtype=torch.uint8, device=device), 1)
     neurons = sum(layer.spikes.numel() for layer in seen.values())
     pays = neurons * stage.steps * stage.epochs * len(train) > COMPILE_FROM
     if pays and not compiler_available(device):
         warnings.warn(
-            f"{NO_COMPILER}: neurons are not fused by torch.compile, which gives the same results and takes longer, "
-            "the more so the more timesteps",
+            "there is no C++ compiler here (g++), no Python.h (Debian: python3-dev), or no Triton for the GPU: neurons "
+            "are not fused by torch.compile, which gives the same results and takes longer, the more so the more "
+            "timesteps",
             stacklevel=2,
         )
         return False
@@ -733,4 +722,4 @@ def _bf16_speed() -> float | None:
         reason = (tried.stderr.strip().splitlines() or ["no reason given"])[-1]
         warnings.warn(f"whether bf16 is faster here could not be tried ({reason})", stacklevel=2)
         return 0.0
-    return float(tried.stdout) if tried.returncode == 0 else None
+    return float(tried.stdout.split()[-1]) if tried.returncode == 0 else None  # libraries may print before it

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from unitstep.evaluation import batch_size, choose_device, forward, ieee
 from unitstep.files import read_json, write_json
 from unitstep.fusing import fuse, per_channel
 from unitstep.neuron import LIF, compiled, compiler_available, membranes
-from unitstep.operations import Input, Operation, of_rows, operations
+from unitstep.operations import Layer, Operation, of_rows, operations
 from unitstep.runs import SCHEMA, Finished, Run, provenance
 from unitstep.speed import time_run
 
@@ -58,16 +58,9 @@ class LayerMeasurement:
 
 
 @dataclass(frozen=True)
-class OperationMeasurement:
+class OperationMeasurement(Layer):
     """One layer with weights: what it computes per image, over all T steps."""
 
-    name: str
-    input: Input
-    """"analog", "binary" spikes, or "integer": counts of spikes that pools or additions made."""
-    static: bool
-    """Whether its input is the same at every step, so that it is computed once."""
-    macs: int
-    """Multiply-accumulates of one pass, as an ordinary network has them."""
     multiplied: int
     """Multiply-accumulates that are done: `macs` for a static input, T times as many for another analog one, 0 for
     spikes."""
@@ -75,11 +68,6 @@ class OperationMeasurement:
     """Spike-exact: one for each output that a spike reaches, mean over the images."""
     additions_by_rate: float
     """The paper's formula: spikes per neuron of the layers that feed it, times `macs`."""
-    weights: int
-    inputs: int
-    """Numbers of its input."""
-    values: int
-    """Neurons that feed it, which are more where a pool is between, or numbers of its analog input."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +123,9 @@ def measure(
     spikes: dict[str, Tensor] = {}  # of each neuron, and at each max pool's outputs, over all images and steps
 
     def count(name: str, module: nn.Module, _args: Any, _kwargs: Any, out: Tensor) -> None:
-        k = _rows_per_image(name, out, at_once * (steps or 1))
+        k, rest = divmod(len(out), at_once * (steps or 1))  # rows of an image: several behind some reshapes
+        if rest or not k:
+            raise ValueError(f"layer {name} has {len(out)} rows, which mix the {at_once} images: it is not counted")
         fired = of_rows(torch.stack([_times_fired(out[row::k], module) for row in range(k)]))
         spikes[name] = spikes[name] + fired if name in spikes else fired
 
@@ -182,13 +172,6 @@ def _operations(net: nn.Module, image: Tensor) -> tuple[Operation, ...]:
         return ()
 
 
-def _rows_per_image(name: str, out: Tensor, images: int) -> int:
-    """k, for a layer behind a reshape into k rows per image; of all steps, so `images` is T·B."""
-    if len(out) % images or not len(out):
-        raise ValueError(f"layer {name} has {len(out)} rows for {images} images, so it mixes images: it is not counted")
-    return len(out) // images
-
-
 def _times_fired(out: Tensor, module: nn.Module) -> Tensor:
     """How often each neuron fired: [B, …] → int64 […]. In the order in which values lie in memory, and of neurons,
     which have one height, by their sums, since anything else takes longer than the network."""
@@ -197,7 +180,7 @@ def _times_fired(out: Tensor, module: nn.Module) -> Tensor:
     if isinstance(module, LIF):
         height = module.threshold.detach() if module.height == "threshold" else torch.ones_like(module.threshold)
         height = height if last else per_channel(height, out.dim())
-        fired = (out.sum(0) / height).round().long()
+        fired = (out.sum(0, dtype=torch.promote_types(out.dtype, torch.float32)) / height.to(out.dtype)).round().long()
     else:
         fired = (out != 0).sum(0)
     return fired.permute(2, 0, 1) if last else fired
@@ -227,12 +210,11 @@ def _rate(names: Iterable[str], spikes: dict[str, Tensor], images: int) -> float
 def _cost(operation: Operation, spikes: dict[str, Tensor], images: int, steps: int) -> OperationMeasurement:
     o, analog = operation, operation.input == "analog"
     return OperationMeasurement(
-        o.name, o.input, o.static, o.macs,
+        **{each.name: getattr(o, each.name) for each in fields(Layer)},
         multiplied=o.macs * (1 if o.static else steps) if analog else 0,
         additions=o.additions(spikes) / images,
         additions_by_rate=0.0 if analog else _rate(o.neurons, spikes, images) * o.macs,
-        weights=o.weights, inputs=o.inputs, values=o.values,
-    )  # fmt: skip
+    )
 
 
 def _layer(name: str, lif: LIF, spikes: Tensor, seen: Activity, images: int) -> LayerMeasurement:
@@ -241,9 +223,8 @@ def _layer(name: str, lif: LIF, spikes: Tensor, seen: Activity, images: int) -> 
     by_channel = spikes.flatten(1) if spikes.dim() > 1 else spikes.reshape(-1, 1)
     dead, saturated = by_channel == 0, by_channel == images * steps
     V = per_channel(seen.threshold, seen.current.dim() - 1)
-    left = lif.initial * V if lif.initial else None
     inside, bins, values = 0, torch.zeros(24, dtype=torch.int64), steps * seen.spikes[0].numel()
-    for _, membrane, _ in membranes(seen.current, V, lif.leak.detach(), steps, left):
+    for _, membrane, _ in membranes(seen.current, V, lif.leak.detach(), steps, lif.initial):
         relative = (membrane / V).float()
         inside += int(((relative > 0) & (relative < 2)).count_nonzero())
         quarters = relative.clamp_(-1.99, 3.99).add_(2).mul_(4).to(torch.uint8)  # from −2 to 4

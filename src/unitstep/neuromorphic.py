@@ -171,12 +171,11 @@ class _Writer:
 
 def _ungrouped(weight: Tensor, groups: int) -> Tensor:
     """[O, I / groups, …] → [O, I, …], with zeros between the groups: nir's own types, and some libraries, know none."""
-    outputs, inputs = len(weight) // groups, weight.shape[1]
-    whole = weight.new_zeros(len(weight), groups * inputs, *weight.shape[2:])
-    for g in range(groups):
-        rows = slice(g * outputs, (g + 1) * outputs)
-        whole[rows, g * inputs : (g + 1) * inputs] = weight[rows]
-    return whole
+    parts: Tensor = weight.unflatten(0, (groups, -1))
+    each = torch.arange(groups)
+    whole = parts.new_zeros(*parts.shape[:2], groups, *parts.shape[2:])
+    whole[each, :, each] = parts
+    return whole.flatten(0, 1).flatten(1, 2)
 
 
 def _shape(node: fx.Node) -> "np.ndarray[Any, Any]":

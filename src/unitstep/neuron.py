@@ -68,18 +68,21 @@ def compiler_available(device: torch.device) -> bool:
 
 
 def membranes(
-    current: Tensor, V: Tensor, leak: Tensor, steps: int, left: Tensor | None
+    current: Tensor, V: Tensor, leak: Tensor, steps: int, initial: Tensor | float
 ) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
     """Yield per step (membrane left by the step before, membrane before the reset, whether it fires).
 
-    current: [steps, …], or [1, …] if it is the same at every step.  left: what the membranes start from; None is 0.
+    current: [steps, …], or [1, …] if it is the same at every step.  initial: what the membranes start from, as a
+    fraction of V or as they are.
     """
+    left = initial if isinstance(initial, Tensor) else initial * V if initial else None  # None is 0
     for t in range(steps):
         now = current[t if len(current) == steps else 0].to(V.dtype)
         membrane = now if left is None else leak * left + now
         fires = membrane > V
         yield left, membrane, fires
-        left = torch.where(fires, membrane - V, membrane)
+        if t + 1 < steps:
+            left = torch.where(fires, membrane - V, membrane)
 
 
 def _fire(current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, initial: float) -> Tensor:
@@ -88,15 +91,14 @@ def _fire(current: Tensor, V: Tensor, leak: Tensor, steps: int, height: str, ini
     C: the channels, with a threshold each: V is [C, 1]; with one threshold for all, C is 1.  A, Z: everything else.
     """
     worth = V if height == "threshold" else torch.ones_like(V)
-    left = initial * V if initial else None
-    states = membranes(current, V, leak, steps, left)
+    states = membranes(current, V, leak, steps, initial)
     spikes = [torch.where(fires, worth, 0).to(current.dtype) for _, _, fires in states]
     return torch.stack(spikes) if steps > 1 else spikes[0][None]
 
 
-def _step(now: Tensor, V: Tensor, leak: Tensor, left: Tensor | None, height: str) -> tuple[Tensor, Tensor]:
+def _step(now: Tensor, V: Tensor, leak: Tensor, initial: Tensor | float, height: str) -> tuple[Tensor, Tensor]:
     """One step of `_fire` from given membranes on: current [A, C, Z] → (spikes, membranes left)."""
-    _, membrane, fires = next(membranes(now[None], V, leak, 1, left))
+    _, membrane, fires = next(membranes(now[None], V, leak, 1, initial))
     worth = V if height == "threshold" else torch.ones_like(V)
     return torch.where(fires, worth, 0).to(now.dtype), torch.where(fires, membrane - V, membrane)
 
@@ -106,7 +108,7 @@ def _fire_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_fire` with respect to current, threshold and leak. The membranes are computed again, so only
     `current` had to be kept."""
-    states = list(membranes(current, V, leak, steps, initial * V if initial else None))
+    states = list(membranes(current, V, leak, steps, initial))
     to_current = []
     to_V, to_leak = torch.zeros_like(states[0][1]), torch.zeros_like(states[0][1])  # of each neuron; summed once, below
     carried = None  # dL/dU after the reset of step t, which comes from step t + 1
@@ -252,7 +254,7 @@ class LIF(nn.Module):
             raise ValueError(f"initial must be in [0, 1), as a fraction of the threshold, not {initial}")
         self.threshold = nn.Parameter(V.detach().clone())
         self.leak = nn.Parameter(torch.tensor(float(leak)))
-        self.height, self.initial = height, initial
+        self.height, self.initial = height, float(initial)
 
     def forward(self, current: Tensor, steps: int = 1, *, static: bool = False) -> Tensor:
         """Current [T·B, …], all B of step 1 first, → spikes [T·B, …], worth 0 or h, in the current's dtype;
@@ -289,7 +291,7 @@ class LIF(nn.Module):
         current = current.contiguous(memory_format=memory_format(current[: len(current) // rows]))  # as membranes are
         flat = _rows(current, len(V), rows)
         one = current[: len(current) // rows]
-        held: Tensor | None = (self.initial * V).expand(flat.shape[1:]) if self.initial else None
+        held: Tensor | float = self.initial
         if left is not None:
             held = _rows(left.contiguous(memory_format=memory_format(one)), len(V), 1)[0]
         spikes = flat.new_empty(steps, *flat.shape[1:])
@@ -297,8 +299,15 @@ class LIF(nn.Module):
             arguments = flat[0 if static else t], V, leak, held, self.height
             fired, held = _fused(_step, *arguments) if is_compiled() else _step(*arguments)
             out.copy_(fired)
-        assert held is not None
+        assert isinstance(held, Tensor)
         return _unrows(spikes, current, len(one) * steps), _unrows(held, one, len(one))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Take one threshold or one per channel, whatever there was."""
+        V = state_dict.get(f"{prefix}threshold")
+        if isinstance(V, Tensor) and V.dim() <= 1 and V.shape != self.threshold.shape:
+            self.threshold.data = self.threshold.data.new_empty(V.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         V = self.threshold.detach()
@@ -344,7 +353,7 @@ class SharedDropout(nn.Module):
 
 def repeat(x: Tensor, steps: int) -> Tensor:
     """[B, …] → [T·B, …]: the same at every step."""
-    return x if steps == 1 else x.repeat(steps, *[1] * (x.dim() - 1))
+    return x if steps == 1 else torch.cat([x] * steps)  # which keeps the memory format, as x.repeat does not
 
 
 def read_out(x: Tensor, steps: int, readout: str) -> Tensor:

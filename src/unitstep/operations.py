@@ -28,8 +28,8 @@ WEIGHTED: set[Any] = {F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d
 
 
 @dataclass(frozen=True)
-class Operation:
-    """A layer with weights, on one image."""
+class Layer:
+    """What is known of a layer with weights from its shapes, for one image."""
 
     name: str
     input: Input
@@ -37,7 +37,7 @@ class Operation:
     static: bool
     """Whether its input is the same at every timestep, so that it is computed once."""
     macs: int
-    """Multiply-accumulates of one timestep, those with padding included, as usual."""
+    """Multiply-accumulates of one timestep, which is an ordinary network's pass, those with padding included."""
     weights: int
     """Weights and biases."""
     inputs: int
@@ -45,6 +45,12 @@ class Operation:
     values: int
     """Values that it reads at one timestep: neurons that feed it, which are more where a pool is between, or `inputs`
     if that is analog."""
+
+
+@dataclass(frozen=True)
+class Operation(Layer):
+    """And how far spikes reach in it."""
+
     neurons: tuple[str, ...] = ()
     """Neuron layers that feed it."""
     fan_out: dict[str, Tensor] = field(default_factory=dict)
@@ -188,21 +194,15 @@ def _gathered(node: fx.Node, module: nn.Module | None, number: Tensor, mean: Any
     if name == "mean":
         return mean * (number.numel() / mean.numel())  # type: ignore[no-any-return]
     if name.startswith("adaptive"):  # window i of n over m values: from ⌊i·m/n⌋ to ⌈(i + 1)·m/n⌉
-        for dimension in range(2, mean.dim()):
+        for dimension in range(-1 if "1d" in name else -2, 0):
             m, n = number.shape[dimension], mean.shape[dimension]
             sizes = [-(-(i + 1) * m // n) - i * m // n for i in range(n)]
-            mean = mean * torch.tensor(sizes, device=mean.device).view(-1, *[1] * (mean.dim() - dimension - 1))
+            mean = mean * torch.tensor(sizes, device=mean.device).view(-1, *[1] * (-1 - dimension))
         return mean  # type: ignore[no-any-return]
     kernel, stride, padding, ceil = (
         getattr(module, option) for option in ("kernel_size", "stride", "padding", "ceil_mode")
     )
     if "1d" in name:  # which has no divisor of its own choice
-        kernel, stride, padding = (
-            (first, _one(value)) for first, value in ((1, kernel), (1, stride or kernel), (0, padding))
-        )
+        kernel, stride, padding = (1, *kernel), (1, *stride), (0, *padding)
         return F.avg_pool2d(number.unsqueeze(-2), kernel, stride, padding, ceil, divisor_override=1).squeeze(-2)
     return F.avg_pool2d(number, kernel, stride, padding, ceil, divisor_override=1)
-
-
-def _one(value: Any) -> int:
-    return int(value[0] if isinstance(value, tuple | list) else value)

@@ -5,7 +5,6 @@ A packed folder holds `train-00000-of-00003.safetensors`, …, `test-…`; each 
 [n, C, H, W] and `labels` int64 [n], and as metadata the names of the classes.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from unitstep.files import read_tensors, write_tensors
 
 PART_BYTES = 60_000_000  # a part is at most so large
 SCHEMA = 1
-_NAME = re.compile(r"(train|test)-(\d{5})-of-(\d{5})\.safetensors")
+PARTS = "{}-?????-of-?????.safetensors"
 
 
 class Part(NamedTuple):
@@ -31,7 +30,7 @@ class Part(NamedTuple):
 
 
 def is_packed(folder: Path) -> bool:
-    return folder.is_dir() and any(_NAME.fullmatch(entry.name) for entry in folder.iterdir())
+    return any(True for split in ("train", "test") for _ in folder.glob(PARTS.format(split)))
 
 
 def write(folder: Path, split: str, images: Tensor, labels: Tensor, classes: Sequence[str]) -> list[Path]:
@@ -51,21 +50,16 @@ def write(folder: Path, split: str, images: Tensor, labels: Tensor, classes: Seq
 
 def read(folder: Path) -> dict[str, Part]:
     """The splits "train" and "test" of a packed folder. ValueError if a part is missing, damaged or of another set."""
-    there: dict[str, dict[int, Path]] = {}
-    counts: dict[str, set[int]] = {}
-    for path in sorted(folder.iterdir()):
-        if match := _NAME.fullmatch(path.name):
-            there.setdefault(match[1], {})[int(match[2])] = path
-            counts.setdefault(match[1], set()).add(int(match[3]))
     splits = {}
     for split in ("train", "test"):
-        if len(counts.get(split, ())) != 1:
-            what = "no part" if split not in counts else "parts of several packings"
-            raise ValueError(f"{folder} has {what} of the split {split!r}: unitstep pack makes them anew")
-        (count,) = counts[split]
-        if missing := [number for number in range(count) if number not in there[split]]:
-            raise ValueError(f"{folder} lacks part {missing[0]} of {count} of the split {split!r} (counted from 0)")
-        parts = [_read(there[split][number]) for number in range(count)]
+        paths = sorted(folder.glob(PARTS.format(split)))
+        wanted = [f"{split}-{number:05}-of-{len(paths):05}.safetensors" for number in range(len(paths))]
+        if not paths or [path.name for path in paths] != wanted:
+            raise ValueError(
+                f"{folder} has not all parts of the split {split!r}, or parts of several packings ({len(paths)} are "
+                "there): unitstep pack makes them anew"
+            )
+        parts = [_read(path) for path in paths]
         if len({(part.classes, part.images.shape[1:]) for part in parts}) != 1:
             raise ValueError(f"{folder}: the parts of the split {split!r} are of different data sets")
         images, labels = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:2])
@@ -79,9 +73,8 @@ def _read(path: Path) -> Part:
     tensors, about = read_tensors(path)
     try:
         images, labels = tensors["images"], tensors["labels"]
-        classes = tuple(about["classes"])
         if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1]:
             raise ValueError(f"images of shape {list(images.shape)}, labels of shape {list(labels.shape)}")
+        return Part(images, labels, tuple(about["classes"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or was not written by unitstep pack ({error})") from error
-    return Part(images, labels, classes)

@@ -1,5 +1,6 @@
 """What an exported network sees in image files. Imports no torch, and nothing of training."""
 
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,12 +55,12 @@ def predict(paths: Iterable[Path], model: Model, *, top: int = 5) -> Iterator[Pr
     if channels not in (1, 3):
         raise ValueError(f"this model takes images of {channels} channels, but image files have 1, grey, or 3, colours")
     short, names = about.get("short", size), about.get("classes")
-    waiting: list[tuple[Path, Pixels | str]] = []
-
-    def answers() -> Iterator[Prediction]:
-        good = [pixels for _, pixels in waiting if not isinstance(pixels, str)]
+    paths = iter(paths)
+    while batch := list(itertools.islice(paths, BATCH)):
+        read = [_pixels(path, channels, size, short) for path in batch]
+        good = [pixels for pixels in read if not isinstance(pixels, str)]
         logits: Iterator[Array] = iter(model(np.stack(good).transpose(0, 3, 1, 2))[0] if good else [])
-        for path, pixels in waiting:
+        for path, pixels in zip(batch, read, strict=True):
             if isinstance(pixels, str):
                 yield Prediction(path, error=pixels)
                 continue
@@ -67,13 +68,6 @@ def predict(paths: Iterable[Path], model: Model, *, top: int = 5) -> Iterator[Pr
             shares = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
             likeliest = np.argsort(-shares)[:top]
             yield Prediction(path, tuple((names[i] if names else str(i), float(shares[i])) for i in likeliest))
-        waiting.clear()
-
-    for path in paths:
-        waiting.append((path, _pixels(path, channels, size, short)))
-        if len(waiting) == BATCH:
-            yield from answers()
-    yield from answers()
 
 
 def _pixels(path: Path, channels: int, size: int, short: int) -> Pixels | str:

@@ -22,9 +22,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
-from unitstep.fusing import CATS, Fire, Scale, joined_along, kind_of, module_of, parts, per_channel
+from unitstep.fusing import BATCH_NORMS, CATS, Fire, Scale, affine, joined_along, kind_of, module_of, parts, per_channel
 from unitstep.nets import Normalize
-from unitstep.quantizing import LARGEST, Centre, SumPool, Unscale, flattens, pair
+from unitstep.quantizing import LARGEST, flattens, pair
 
 OPSET, IR = 13, 7  # the oldest with quantisation per channel
 FIRES = 1 / 1024  # scale of a neuron's output: against a margin of at least ½
@@ -119,11 +119,11 @@ class _Integer:
             return None
         if isinstance(module, nn.Identity):
             return given[0]
-        if isinstance(module, Centre):
-            return _Value(given[0].name, 1.0, module.zero_point)
+        if isinstance(module, Normalize) and "most" in node.meta:  # whole numbers: pixels less their zero point
+            return _Value(given[0].name, 1.0, round(module.get_buffer("zero_point").item()))
         if isinstance(module, nn.Conv2d | nn.Linear):
             return self._layer(node, module, given[0])
-        if isinstance(module, SumPool):
+        if isinstance(module, nn.AvgPool2d) and "most" in node.meta:
             return self._sum(node, module, given[0])
         if isinstance(module, nn.MaxPool2d) and not module.return_indices and pair(module.dilation) == (1, 1):
             options = {"ceil_mode": int(module.ceil_mode)} | _window(module.kernel_size, module.stride, module.padding)
@@ -144,12 +144,10 @@ class _Integer:
             return _Value(write.add("Mul", [centred, write.constant(f"{name}_scale", module.scale)], name))
         if node.target in (operator.add, torch.add, "add") and len(real) == 2 and "alpha" not in node.kwargs:
             return _Value(write.add("Add", real, name))
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-            ones, zeros = torch.ones_like(module.get_buffer("running_var")), torch.zeros(module.num_features)
-            affine = {"gain": module.weight, "shift": module.bias} if module.affine else {"gain": ones, "shift": zeros}
-            rows = affine | {"mean": module.running_mean, "var": module.running_var}
-            vectors = [write.constant(f"{name}_{key}", value) for key, value in rows.items()]
-            return _Value(write.add("BatchNormalization", [real[0], *vectors], name, epsilon=module.eps))
+        if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+            scale, shift = affine(module)
+            scaled = write.add("Mul", [real[0], self._vector(node, "scale", scale)], f"{name}_scaled")
+            return _Value(write.add("Add", [scaled, self._vector(node, "shift", shift)], name))
         if isinstance(module, nn.AvgPool2d) and not module.divisor_override:
             options = {"ceil_mode": int(module.ceil_mode), "count_include_pad": int(module.count_include_pad)}
             options |= _window(module.kernel_size, module.stride, module.padding)
@@ -183,7 +181,7 @@ class _Integer:
         weight = write.constant(f"{name}_weight", layer.weight, np.int8)
         user = next(iter(node.users))
         behind = module_of(self.net, user)
-        if isinstance(behind, Unscale):  # a·N + b, real numbers
+        if isinstance(behind, Scale):  # a·N + b, real numbers
             scale = write.constant(f"{name}_scale", behind.factor / given.unit)
             zeros = write.constant(f"{name}_zero", torch.zeros_like(behind.factor), np.int8)
             inputs.append(write.add("DequantizeLinear", [weight, scale, zeros], f"{name}_real_weight", axis=0))
@@ -202,13 +200,13 @@ class _Integer:
         self.values[user] = write.quantized(current, user.name, FIRES, LARGEST)
         return self.values[user]
 
-    def _sum(self, node: fx.Node, pool: SumPool, given: _Value) -> _Value:
+    def _sum(self, node: fx.Node, pool: nn.AvgPool2d, given: _Value) -> _Value:
         """Counts of spikes: the average pool of what they are worth, quantised so that every count is a level."""
-        window = _window(pool.window, pool.stride, pool.padding)
+        window = _window(pool.kernel_size, pool.stride, pool.padding)
         real = self.writer.real(given, node.name)
         mean = self.writer.add("AveragePool", [real], f"{node.name}_mean", count_include_pad=1, **window)
         times = LARGEST // node.meta["most"]
-        return self.writer.quantized(mean, node.name, given.unit / math.prod(pool.window) / times, times)
+        return self.writer.quantized(mean, node.name, given.unit / math.prod(pair(pool.kernel_size)) / times, times)
 
     def _handed_on(self, kind: str, name: str, given: _Value, **options: Any) -> _Value:
         return replace(given, name=self.writer.add(kind, [given.name], name, **options))

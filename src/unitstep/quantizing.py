@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from unitstep.fusing import (
     Fire,
@@ -28,7 +27,6 @@ from unitstep.fusing import (
     joins_channels,
     module_of,
     parts,
-    per_channel,
     scale_input,
     scale_inputs_,
     sums_channels,
@@ -41,43 +39,6 @@ from unitstep.rounding import on_grid
 LARGEST = 255  # of the whole numbers that 8 bits hold
 
 
-class Centre(nn.Module):
-    """Raw pixels uint8 [B, C, H, W] → pixel − zero point, whole numbers in fp32."""
-
-    def __init__(self, zero_point: int) -> None:
-        super().__init__()
-        self.zero_point = zero_point
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.float() - self.zero_point
-
-
-class SumPool(nn.Module):
-    """The sum over each window of an average pool, [B, C, H, W] → [B, C, H', W']."""
-
-    def __init__(self, window: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
-        super().__init__()
-        self.window, self.stride, self.padding = window, stride, padding
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, self.window, self.stride, self.padding, divisor_override=1)
-
-
-class Unscale(nn.Module):
-    """a·N + b for each channel (dimension 1) of whole numbers N: the current or the logits that they stand for."""
-
-    factor: Tensor
-    bias: Tensor
-
-    def __init__(self, factor: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("factor", factor)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * per_channel(self.factor, x.dim()) + per_channel(self.bias, x.dim())
-
-
 @dataclass(frozen=True)
 class Whole:
     """What is known of a value that is whole numbers x: which it stands for, and how small and large they can get."""
@@ -88,19 +49,16 @@ class Whole:
     most: int
 
 
-def quantize(fused: fx.GraphModule, *, bits: int = 8) -> fx.GraphModule:
+def quantize(fused: fx.GraphModule) -> fx.GraphModule:
     """`fused`, which `Spiking.fuse()` made, with every layer in integers whose inputs are spikes, sums of spikes, or
     pixels.
 
-    bits: of a weight, 2 to 8; weights that were trained in fewer keep those.  A copy, whose layers in integers have
-    whole numbers as weights, and neurons with a threshold at a half for each channel. Where a layer cannot be in
+    Weights have 8 bits; those that were trained in fewer keep these.  A copy, whose layers in integers have whole
+    numbers as weights, and neurons with a threshold at a half for each channel. Where a layer cannot be in
     integers, `node.meta["float"]` of its operation says why; the others have `node.meta["integer"]`, and
     `node.meta["rounded"]`, whether their weights had to be rounded.
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"weights can have 2 to 8 bits, not {bits}")
-    net = copy.deepcopy(fused)
-    return _Quantization(net, bits).run()
+    return _Quantization(copy.deepcopy(fused)).run()
 
 
 def centre_thresholds_(snn: fx.GraphModule, images: Tensor) -> None:
@@ -129,7 +87,6 @@ def centre_thresholds_(snn: fx.GraphModule, images: Tensor) -> None:
 @dataclass
 class _Quantization:
     net: fx.GraphModule
-    bits: int
     whole: dict[fx.Node, Whole] = field(default_factory=dict)
 
     def run(self) -> fx.GraphModule:
@@ -170,12 +127,14 @@ class _Quantization:
                 scale_input(self.net, node, source, self.whole[source].unit, "unit")
 
     def _pixels(self, node: fx.Node, normalize: Normalize) -> Whole | None:
+        if node.all_input_nodes[0].op != "placeholder":  # not of raw pixels
+            return None
         zero, scale = normalize.get_buffer("zero_point").flatten(), normalize.get_buffer("scale").flatten()
         if len(zero) > 1 or zero.item() != round(zero.item()) or not 0 <= zero.item() <= LARGEST:
             node.meta["float"] = "pixels have no zero point that is one whole number for all channels"
             return None
         point = round(zero.item())
-        self.net.set_submodule(str(node.target), Centre(point))
+        self.net.set_submodule(str(node.target), Normalize((point,), (1.0,)).to(zero.device))
         return Whole(scale.squeeze() if len(scale) == 1 else scale, -point, LARGEST - point)
 
     def _layer(self, node: fx.Node, layer: Any) -> bool:
@@ -191,12 +150,12 @@ class _Quantization:
         if given is None or "float" in node.meta:
             return False
         inputs = layer.weight[0].numel()
-        if inputs * (2 ** (self.bits - 1)) * max(given.most, -given.least, LARGEST) >= 2**31:
+        if inputs * 128 * LARGEST >= 2**31:
             node.meta["float"] = f"sums of {inputs} inputs do not fit in 32 bits"
             return False
         scale_inputs_(layer, given.unit)
         node.meta["integer"] = True
-        q, unit, as_trained = on_grid(layer.weight.detach().double(), self.bits)
+        q, unit, as_trained = on_grid(layer.weight.detach().double())
         node.meta["rounded"] = not as_trained
         factor = unit.flatten()
         bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.detach().double()
@@ -212,7 +171,7 @@ class _Quantization:
                 node.meta |= {"unit": factor, "centring": factor * (exact - exact.floor() - 0.5)}
             return True
         name = f"{node.name}_real"
-        self.net.add_submodule(name, Unscale(factor.float(), bias.float()))
+        self.net.add_submodule(name, Scale(factor.float(), bias.float()))
         with self.net.graph.inserting_after(node):
             real = self.net.graph.call_module(name, (node,))
         real.meta |= {key: node.meta[key] for key in ("tensor_meta", "axis")}
@@ -238,7 +197,7 @@ class _Quantization:
         size = math.prod(window)
         if given.most * size > LARGEST or given.least < 0:
             return None
-        self.net.set_submodule(str(node.target), SumPool(window, stride, padding))
+        self.net.set_submodule(str(node.target), nn.AvgPool2d(window, stride, padding, divisor_override=1))
         return Whole(given.unit / size, 0, given.most * size)
 
     def _same(self, node: fx.Node, module: nn.Module | None) -> Whole | None:

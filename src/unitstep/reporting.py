@@ -17,7 +17,6 @@ from unitstep import energy
 from unitstep.figures import energies, figures_of, latency, over_steps
 from unitstep.files import write_whole
 from unitstep.groups import Group, cell, hardware, name_of, of_steps, read_groups
-from unitstep.recipes import Recipe, recipe_from_dict
 from unitstep.runs import Run
 from unitstep.tables import tables_of
 
@@ -172,7 +171,7 @@ def _markdown(sections: list[dict[str, Any]]) -> str:
 
 def _provenance(group: Group) -> list[tuple[str, str]]:
     found, trained = group.first, group.first["trained"]
-    recipe: Recipe = recipe_from_dict(found["recipe"])
+    recipe = group.runs[0].recipe
     machine = trained["machine"] or {}
     where = f"{hardware(machine, trained.get('device'))}, {trained['precision']}"
     versions = ", ".join(f"{name} {number}" for name, number in (trained["versions"] or {}).items())

@@ -7,8 +7,6 @@ A row's factor, such as a batch norm's, changes a and not q. So weights that are
 passed on as if they were not, are those of the integer network that is exported.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -26,24 +24,13 @@ def rounded(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return (weight / unit).round(), unit
 
 
-def on_grid(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, bool]:
-    """`rounded`, and whether that changes nothing: in the fewest bits with which it does not, else in `bits`."""
-    for fewer in range(2, bits + 1):
+def on_grid(weight: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """`rounded`, and whether that changes nothing: in the fewest bits with which it does not, else in 8."""
+    for fewer in range(2, 9):
         q, unit = rounded(weight, fewer)
         if bool(((q * unit - weight).abs() <= ON_GRID * unit).all()):
             return q, unit, True
     return q, unit, False
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
-        q, unit = rounded(weight, bits)
-        return q * unit
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 class Rounded(nn.Module):
@@ -54,8 +41,8 @@ class Rounded(nn.Module):
         self.bits = bits
 
     def forward(self, weight: Tensor) -> Tensor:
-        out: Tensor = _Round.apply(weight, self.bits)  # type: ignore[no-untyped-call]
-        return out
+        q, unit = rounded(weight.detach(), self.bits)
+        return q * unit + (weight - weight.detach())  # exactly 0, which hands the gradient straight through
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight

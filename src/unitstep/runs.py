@@ -14,7 +14,7 @@ import platform
 import subprocess
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -133,26 +133,24 @@ class Run:
         return int(read_about(self.state_path).get("index", -1)) if self.state_path.exists() else None
 
     def check_images(self, classes: tuple[str, ...], number: int | None = None) -> None:
-        """ValueError if what is trained here was trained on images of other classes, or if training was interrupted on
-        another number of them."""
+        """ValueError if what is here was trained on images of other classes, or on another number of them where the
+        number of training images is given."""
+        files = [path for index in range(len(self.recipe.stages)) if (path := self.stage_path(index)).exists()]
         index = self.state_index()
         if index is not None and index < len(self.recipe.stages) and not self.stage_path(index).exists():
-            begun = read_about(self.state_path)
-        else:
-            begun = {}
-        way_out = "name those by --data" if number is None else "put those back, or train in another folder"
-        for known in [*(stage.classes for stage in self.stages), tuple(begun.get("classes", classes))]:
-            if known != classes:
+            files.append(self.state_path)
+        way_out = "name those by --data" + ("" if number is None else ", or train in another folder")
+        for path in files:
+            known = read_about(path)
+            if (names := tuple(known.get("classes", classes))) != classes:
                 raise ValueError(
-                    f"these images have the classes {_some(classes)}, but {self.path} was trained on {_some(known)}: "
+                    f"these images have the classes {_some(classes)}, but {self.path} was trained on {_some(names)}: "
                     + way_out
                 )
-        if number is not None and begun.get("images", number) != number:
-            raise ValueError(
-                f"there are {number:,} training images now, and were {begun['images']:,} when training stopped in "
-                f"{self.path}, so that it cannot go on as it would have: put those back, or move {self.state_path} "
-                "away to train that stage again"
-            )
+            if number is not None and known.get("images", number) != number:
+                raise ValueError(
+                    f"there are {number:,} training images, but {path} was trained on {known['images']:,}: {way_out}"
+                )
 
     def _check(self, path: Path, info: dict[str, Any], index: int) -> dict[str, Any]:
         try:
@@ -190,7 +188,7 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
         torch.default_generator.manual_seed(r.seed)  # torch.manual_seed would seed the caller's GPUs, too
         if ":" in r.net:
             normalize = nets.Normalize(r.pixel_zero, r.pixel_scale)
-            cnn = nets.imported(r.net)
+            cnn = nets.imported(r.net).cpu()
             if own := [name for name, module in cnn.named_modules() if parametrize.is_parametrized(module)]:
                 raise ValueError(
                     f"{r.net} computes the weights of {own[0]!r} from others, as weight_norm does; make them plain "
@@ -207,15 +205,15 @@ def build_cnn(recipe: Recipe, classes: int) -> nn.Module:
                 r.net, classes=classes, channels=r.channels, size=r.size, batch_norm=r.norm != "none", pool=r.pool,
                 dropout=r.dropout, zero_point=r.pixel_zero, scale=r.pixel_scale,
             )  # fmt: skip
-    net = _channels_last(net)
-    return net
+    return _channels_last(net)
 
 
-def _channels_last(net: nn.Module) -> Any:
+def _channels_last(net: nn.Module) -> nn.Module:
     """With kernels, and so values, in the memory format in which convolutions are fastest, if it has kernels yet."""
     if any(map(is_lazy, net.parameters())):
         return net
-    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    moved: nn.Module = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
 
 
 def _needs_order(recipe: Recipe, cnn: nn.Module) -> bool:
@@ -229,7 +227,8 @@ def _needs_order(recipe: Recipe, cnn: nn.Module) -> bool:
 
 def build_snn(recipe: Recipe, cnn: nn.Module) -> Spiking:
     """The structure of the recipe's spiking network; its thresholds are not set."""
-    snn: Spiking = _channels_last(spiking(cnn, **structure(recipe, cnn)))
+    snn = _channels_last(spiking(cnn, **structure(recipe, cnn)))
+    assert isinstance(snn, Spiking)
     return snn
 
 
@@ -252,20 +251,11 @@ def rebuild(recipe: Recipe, classes: int, tensors: dict[str, Tensor], *, spikes:
     net = build_cnn(recipe, classes)
     if spikes:
         net = build_snn(recipe, net)
-        shape_thresholds_(net, tensors)
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"these weights do not fit the network {recipe.net} as it is now: {error}") from error
     return net.eval()
-
-
-def shape_thresholds_(snn: Spiking, tensors: dict[str, Tensor]) -> None:
-    """Give each layer as many thresholds, one or one per channel, as it has in the state dict `tensors`."""
-    for name, lif in snn.lifs.items():
-        V = tensors.get(f"neurons.{name}.threshold", lif.threshold)
-        if V.dim():
-            lif.threshold = nn.Parameter(V.clone())
 
 
 def begun(path: Path) -> bool:
@@ -277,18 +267,10 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
     """The run folder `out`, made if it is not there. ValueError if something was trained there by another recipe, or if
     it cannot be written to."""
     path = Path(out)
-
-    def write() -> None:
-        write_json(path / "recipe.json", {"schema": SCHEMA, "recipe": recipe.to_dict(), **about, **provenance()})
-
-    if (path / "recipe.json").exists():
+    there = (path / "recipe.json").exists()
+    if there and begun(path):
         run = Run(path)
-        if not begun(path):  # of a command that failed: there is nothing to protect
-            with locked(run):
-                (path / "log.jsonl").unlink(missing_ok=True)
-                write()
-            return Run(path)
-        if changes := differences(run.recipe, recipe):
+        if changes := differences(run.recipe, replace(recipe, data=run.recipe.data)):  # images can be moved
             listed = "\n  ".join(changes)
             raise ValueError(
                 f"{path} was made by another recipe (there → here); choose another folder, or the same recipe (a "
@@ -298,9 +280,12 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
         return run
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if strangers := [entry.name for entry in path.iterdir() if entry.suffix in (".safetensors", ".json", ".jsonl")]:
+        strangers = [entry.name for entry in path.iterdir() if entry.suffix in (".safetensors", ".json", ".jsonl")]
+        if strangers and not there:
             raise ValueError(f"{path} has no recipe.json but holds {', '.join(strangers)}: choose an empty folder")
-        write()
+        with locked(path):
+            (path / "log.jsonl").unlink(missing_ok=True)  # of a command that failed: there is nothing to protect
+            write_json(path / "recipe.json", {"schema": SCHEMA, "recipe": recipe.to_dict(), **about, **provenance()})
     except OSError as error:
         raise ValueError(f"cannot write to the run folder {path}: {error.strerror or error}") from error
     return Run(path)
@@ -320,14 +305,14 @@ def load(run: Run | str | Path, steps: int = 1) -> Spiking:
 
 
 @contextlib.contextmanager
-def locked(run: Run) -> Iterator[None]:
-    """Hold the run folder against a second process. ValueError if one is at work in it."""
-    handle = os.open(run.path, os.O_RDONLY)
+def locked(path: Path) -> Iterator[None]:
+    """Hold the run folder `path` against a second process. ValueError if one is at work in it."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another process is at work in {run.path}: wait for it or stop it") from error
+            raise ValueError(f"another process is at work in {path}: wait for it or stop it") from error
         yield
     finally:
         os.close(handle)

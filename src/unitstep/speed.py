@@ -1,6 +1,7 @@
 """How fast the networks of a run are on this machine: in PyTorch, and as exported files in the runtimes that are
 installed. Everything is timed in one interleaved race. Knows nothing of accuracy."""
 
+import contextlib
 import importlib.util
 import itertools
 import statistics
@@ -146,17 +147,16 @@ def _files(run: Run, images: Tensor) -> Iterator[tuple[int | None, bytes]]:
         steps = stage.stage.steps
         if steps not in (None, 1):
             continue
-        net = run.net(stage.index)
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        net, content = run.net(stage.index), None
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), contextlib.suppress(ValueError):
             warnings.simplefilter("ignore")
             path = Path(folder) / "model.onnx"
-            try:
-                if steps is None:
-                    model = onnx_of(net, images)
-                    onnx.helper.set_model_props(model, {KEY: "{}"})
-                    yield steps, model.SerializeToString()
-                else:
-                    to_onnx(net, path, images)  # type: ignore[arg-type]
-                    yield steps, path.read_bytes()
-            except ValueError:
-                continue
+            if steps is None:
+                model = onnx_of(net, images)
+                onnx.helper.set_model_props(model, {KEY: "{}"})
+                path.write_bytes(model.SerializeToString())
+            else:
+                to_onnx(net, path, images)  # type: ignore[arg-type]
+            content = path.read_bytes()
+        if content is not None:  # outside, as who takes it may warn
+            yield steps, content

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unitstep import energy
-from unitstep.groups import Group, cell, hardware, last_points, name_of, of_steps
+from unitstep.groups import Group, cell, hardware, name_of, of_steps
 
 # arXiv 2110.05929: (data, network): test accuracy in percent of the CNN and T = 5 … 1; is the last in the abstract?
 PAPER: dict[tuple[str, str], tuple[tuple[float, ...], bool]] = {
@@ -229,7 +229,7 @@ def equal_table(group: Group) -> Table | None:
         ("its CNN, not spiking", "", f"{found['cnn_accuracy']:.2f}", "", ""),
     ]
     for strategy in dict.fromkeys(row["strategy"] for row in found["rows"]):
-        ends = [row for row in last_points(found) if row["strategy"] == strategy]
+        ends = list({row["initial"]: row for row in found["rows"] if row["strategy"] == strategy}.values())  # largest T
         there = [row for row in ends if row["accuracy"] >= wanted]
         best = min(there, key=lambda row: row["steps"]) if there else max(ends, key=lambda row: row["accuracy"])
         name = strategy + (f", initial {best['initial']:g}" if len(ends) > 1 else "")

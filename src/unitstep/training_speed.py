@@ -9,10 +9,11 @@ import itertools
 import logging
 import math
 import multiprocessing
+import signal
 import statistics
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -49,17 +50,6 @@ class Case:
     precision: str
 
 
-@dataclass
-class Speed:
-    """One contender in one case: images per second in each round (the CNN's divided by T), and bytes of memory that the
-    first step needs beyond what was there, at its peak."""
-
-    contender: str
-    threads: int
-    rounds: list[float]
-    memory: int | None
-
-
 def bench_train(
     *,
     names: tuple[str, ...] = ("vgg16-conv", "resnet20"),
@@ -74,8 +64,12 @@ def bench_train(
     """Race all contenders on the processor in every case, and return the record: speeds, memory, versions, machine.
 
     out: JSON file of the record, written after every case; what is there already is not run again. ValueError if a
-    library that takes part is not installed.
+    library that takes part is not installed, a network is not known or a number is below 1.
     """
+    for net in names:
+        nets.build(net, classes=CLASSES)
+    if min((*steps, batch, *threads, rounds)) < 1:
+        raise ValueError("steps, batch, threads and rounds must be 1 or more")
     about = {**provenance(), "versions": dict(installed(LIBRARIES))}
     before = read_json(out) if out and out.exists() else {"speeds": [], **about}
     if (before["versions"], before["machine"]["cpu"]) != (about["versions"], about["machine"]["cpu"]):
@@ -88,15 +82,15 @@ def bench_train(
             continue
         if progress:
             progress(f"{net}, {precision}, T = {T}")
-        for speed in _race(case, missing, rounds):
-            median = statistics.median(speed.rounds)
-            rows.append(asdict(case) | asdict(speed) | {"median": median, "commit": about["commit"]})
+        rows += [asdict(case) | row | {"commit": about["commit"]} for row in _race(case, missing, rounds)]
         if out:
             write_json(out, {"schema": 1, "speeds": rows, **about})
     return {"schema": 1, "speeds": rows, **about}
 
 
-def _race(case: Case, threads: tuple[int, ...], rounds: int) -> list[Speed]:
+def _race(case: Case, threads: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """All contenders in one case: images per second in each round (the CNN's divided by T) and their median, and bytes
+    of memory that the first step needs beyond what was there, at its peak."""
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     workers = []
@@ -113,28 +107,30 @@ def _race(case: Case, threads: tuple[int, ...], rounds: int) -> list[Speed]:
             pipe.send(count)
             pipe.recv()
 
-        speeds = []
+        rows = []
         for count in threads:
             calls = {contender: partial(turn, pipe, count) for contender, pipe in pipes.items()}
             for contender, turns in race(calls, rounds=rounds, seconds=SECONDS).items():
-                speed = [case.batch / statistics.mean(seconds) for seconds in turns]
-                speeds.append(Speed(contender, count, speed, memory[contender]))
-        return speeds
+                speeds = [case.batch / statistics.mean(seconds) for seconds in turns]
+                about = {"contender": contender, "threads": count, "rounds": speeds, "memory": memory[contender]}
+                rows.append(about | {"median": statistics.median(speeds)})
+        return rows
     except (EOFError, BrokenPipeError) as error:
         raise ValueError(
             "the process of a network under test ended early, perhaps for want of memory: a smaller --batch takes less"
         ) from error
     finally:
         for worker, pipe in zip(workers, pipes.values(), strict=True):
-            if worker.is_alive():
+            with suppress(OSError):  # of one that has ended
                 pipe.send(0)
-                worker.join(10)
-                worker.kill()
+            worker.join(10)
+            worker.kill()
 
 
 def _work(pipe: Connection, contender: str, case: Case, threads: int) -> None:
     """A contender's process: tells what memory the first step takes, then makes a step on as many threads as it is
     told, until that is 0."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's
     warnings.simplefilter("ignore")  # of the libraries
     logging.getLogger("torch").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
