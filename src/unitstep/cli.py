@@ -215,7 +215,7 @@ def _train(arguments: list[str]) -> int:
         _say(f"{run.path} is done; its accuracy on the test images: unitstep measure {run.path}{there}")
         return 0
 
-    return tyro.cli(train, prog=f"unitstep train {name}", args=options)
+    return _call(f"unitstep train {name}", train, options)
 
 
 def _convert(arguments: list[str]) -> int:
@@ -282,7 +282,7 @@ def _convert(arguments: list[str]) -> int:
         _say(f"to train its spiking stages: unitstep train --from {made.run.path}")
         return 0
 
-    return tyro.cli(convert, prog=f"unitstep convert {net}", args=options)
+    return _call(f"unitstep convert {net}", convert, options)
 
 
 def pack(

@@ -60,8 +60,8 @@ class Stage:
     keep: Literal["best", "last"] = "best"
     """Which epoch's weights the stage ends with: the best on the validation images, or the last."""
     recompute: bool = False
-    """Compute batch norms, neurons and pools of a spiking stage again in the backward pass in place of keeping what
-    they gave: at five timesteps less memory, for about a tenth of the time. Of no use in the CNN. On a GPU, steps
+    """Compute batch norms, neurons and pools of a spiking stage again in the backward pass instead of keeping
+    their outputs: less memory at five timesteps, for 2 to 15 % of the speed. Of no use in the CNN. On a GPU, steps
     are then not recorded and replayed."""
 
     def __post_init__(self) -> None:
