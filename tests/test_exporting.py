@@ -92,6 +92,21 @@ BLOCK = st.tuples(
 )  # fmt: skip
 
 
+def pair_of_products(model, images):
+    """How large the sum of two products q·u can get, of any layer in integers, at the largest u that these images give:
+    not above 2¹⁵ − 1, where x86 processors without VNNI saturate."""
+    made = {node.output[0]: node for node in model.graph.node}
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor).astype(int) for tensor in model.graph.initializer}
+    layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm") and node.input[1] in made]
+    given, weights = ([made[node.input[place]].input[0] for node in layers] for place in (0, 1))
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    del shown.graph.output[:]
+    shown.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(given))
+    found = dict(zip(dict.fromkeys(given), open_model(shown.SerializeToString())(images), strict=True))
+    return max(2 * int(found[u].max()) * int(abs(constants[q]).max()) for u, q in zip(given, weights, strict=True))
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(BLOCK, min_size=1, max_size=3), st.integers(10, 13), st.integers(0, 9))
 def test_in_every_runtime_a_random_integer_network_has_the_same_spikes(blocks, size, seed):
@@ -101,6 +116,7 @@ def test_in_every_runtime_a_random_integer_network_has_the_same_spikes(blocks, s
     except (RuntimeError, ValueError):  # torch: too small for its kernels
         return
     images = torch.randint(256, (8, 4, size, size), dtype=torch.uint8)
+    images[0] = 255
     options = EACH if seed % 2 else ONE
     net = quantize(to_spiking(cnn, images, steps=1, **options).fuse(images))
     wanted, spikes = exporting._rounded_spikes(net, images)
@@ -108,8 +124,15 @@ def test_in_every_runtime_a_random_integer_network_has_the_same_spikes(blocks, s
     onnx.checker.check_model(model, full_check=True)
     onnx.helper.set_model_props(model, {KEY: "{}"})
     content = model.SerializeToString()
+    assert pair_of_products(model, images.numpy()) < 2**15
     model.opset_import[0].version, model.ir_version = 21, 10  # onnx.reference has no older QuantizeLinear
-    runs = {name: open_model(content, name)(images.numpy()) for name in ("onnxruntime", "openvino")}
+    # OpenVINO 2026.4 is wrong where groups of an odd size meet a processor without VNNI (docs/deploy.md)
+    sizes = [(conv.in_channels // conv.groups, conv.out_channels // conv.groups) for conv in cnn.convs]
+    odd = any(
+        conv.groups > 1 and size != (1, 1) and (size[0] % 4 or size[1] % 4)
+        for conv, size in zip(cnn.convs, sizes, strict=True)
+    )
+    runs = {name: open_model(content, name)(images.numpy()) for name in ("onnxruntime", "openvino")[: 1 if odd else 2]}
     runs["reference"] = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: images.numpy()})
     for runtime, (logits, *fired) in runs.items():
         for (name, (expected, undecided)), got in zip(spikes.items(), fired, strict=True):

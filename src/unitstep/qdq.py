@@ -1,13 +1,19 @@
 """A quantised network as an ONNX model in 8-bit integers, of the standard operators QuantizeLinear and DequantizeLinear
 around convolutions, which runtimes fuse. Knows nothing of runs, training or files.
 
-A neuron is part of the convolution before it. Its input holds spikes as m·x for the whole number x, m = 255 for x in
-{0, 1}; its weights q are int8; and its threshold n + ½, from `unitstep.quantizing`, is an int32 bias::
+A neuron is part of the convolution before it. Its input holds whole numbers x as u = m·x; its weights q are int8; and
+its threshold n + ½, from `unitstep.quantizing`, is an int32 bias::
 
-    fires  ⇔  Σ q·x > n + ½  ⇔  Σ q·(m·x) − (m·n + ⌊m/2⌋) ≥ 1
+    fires  ⇔  Σ q·x > n + ½  ⇔  Σ q·u − (m·n + ⌊m/2⌋) ≥ 1
 
 QuantizeLinear, with a scale that is small against that, makes 0 of all that is not above 0 and 255 of all that is: the
 comparison is its saturation.
+
+x86 processors without VNNI multiply 8-bit numbers in pairs, and q·u + q'·u' saturates at 2¹⁵ there. So no layer's
+input is above 128: spikes are clipped to 0 and 1, and a layer of larger numbers, as pixels are, sees them twice, with
+about half of each weight::
+
+    Σ q·u = Σ ⌊q/2⌋·u + Σ (q − ⌊q/2⌋)·u
 """
 
 import math
@@ -24,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from unitstep.fusing import BATCH_NORMS, CATS, Fire, Scale, affine, joined_along, kind_of, module_of, parts, per_channel
 from unitstep.nets import Normalize
-from unitstep.quantizing import LARGEST, flattens, pair
+from unitstep.quantizing import LARGEST, SMALL, flattens, pair
 
 OPSET, IR = 13, 7  # the oldest with quantisation per channel
 FIRES = 1 / 1024  # scale of a neuron's output: against a margin of at least ½
@@ -177,8 +183,10 @@ class _Integer:
             inputs.append(write.constant(f"{name}_weight", layer.weight))
             inputs += [write.constant(f"{name}_bias", layer.bias)] if layer.bias is not None else []
             return _Value(write.add(kind, inputs, name, **options))
+        most = given.zero + given.times * node.all_input_nodes[0].meta["most"]
+        given, weights = self._small(given, most, layer.weight)
         inputs = [write.real(given, name)]
-        weight = write.constant(f"{name}_weight", layer.weight, np.int8)
+        weight = write.constant(f"{name}_weight", weights, np.int8)
         user = next(iter(node.users))
         behind = module_of(self.net, user)
         if isinstance(behind, Scale):  # a·N + b, real numbers
@@ -189,7 +197,7 @@ class _Integer:
             self.values[user] = _Value(write.add(kind, inputs, user.name, **options))
             return self.values[user]
         assert isinstance(behind, Fire)
-        zero = write.constant(f"{name}_zero", 0, np.int8)  # not shared: ONNX Runtime replaces it where there is no VNNI
+        zero = write.constant(f"{name}_zero", 0, np.int8)  # not shared: x64quantprecision of ONNX Runtime replaces it
         unit = [weight, write.scalar(1 / given.unit), zero]
         inputs.append(write.add("DequantizeLinear", unit, f"{name}_real_weight"))
         below = (behind.threshold.double() - 0.5).round()  # n: neurons fire from n + 1 on
@@ -200,12 +208,28 @@ class _Integer:
         self.values[user] = write.quantized(current, user.name, FIRES, LARGEST)
         return self.values[user]
 
+    def _small(self, given: _Value, most: int, weights: Tensor) -> tuple[_Value, Tensor]:
+        """What a layer reads, and its weights [O, I, …], so that no number is above SMALL; `most`: the largest now."""
+        if most <= SMALL:
+            return given, weights
+        write, spikes = self.writer, given.times == most
+        name = f"{given.name}_{'clipped' if spikes else 'twice'}"
+        there = any(node.name == name for node in write.nodes)  # for another layer
+        if spikes:
+            if not there:
+                write.add("Clip", [given.name, write.scalar(0, np.uint8), write.scalar(1, np.uint8)], name)
+            return _Value(name, 1.0), weights
+        if not there:
+            write.add("Concat", [given.name] * 2, name, axis=1)
+        half = (weights / 2).floor()
+        return replace(given, name=name), torch.cat([half, weights - half], 1)
+
     def _sum(self, node: fx.Node, pool: nn.AvgPool2d, given: _Value) -> _Value:
         """Counts of spikes: the average pool of what they are worth, quantised so that every count is a level."""
         window = _window(pool.kernel_size, pool.stride, pool.padding)
         real = self.writer.real(given, node.name)
         mean = self.writer.add("AveragePool", [real], f"{node.name}_mean", count_include_pad=1, **window)
-        times = LARGEST // node.meta["most"]
+        times = max(1, SMALL // node.meta["most"])
         return self.writer.quantized(mean, node.name, given.unit / math.prod(pair(pool.kernel_size)) / times, times)
 
     def _handed_on(self, kind: str, name: str, given: _Value, **options: Any) -> _Value:
@@ -218,7 +242,7 @@ class _Integer:
         real = write.add("Concat", [write.whole(value, name) for value in given], f"{name}_real", axis=axis)
         if "most" not in node.meta or any(value.scale is None or value.zero for value in given):
             return _Value(real)
-        times = LARGEST // node.meta["most"]
+        times = max(1, SMALL // node.meta["most"])
         return write.quantized(real, name, 1 / times, times)
 
 

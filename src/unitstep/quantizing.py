@@ -37,6 +37,7 @@ from unitstep.neuron import LIF
 from unitstep.rounding import on_grid
 
 LARGEST = 255  # of the whole numbers that 8 bits hold
+SMALL = 128  # of those u for which two products fit in 16 bits: |q·u + q'·u'| ≤ 2·127·128 < 2¹⁵
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ class _Quantization:
             node.meta["float"] = "its input is no spikes, sums of spikes, or pixels"
         elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             node.meta["float"] = f"its padding is {layer.padding_mode}"
+        elif isinstance(layer, nn.Conv2d) and layer.groups > 1 and given.most - given.least > SMALL:
+            node.meta["float"] = f"it is grouped, and its input has numbers above {SMALL}"  # not to be seen twice
         elif not sums_channels(self.net, node):
             node.meta["float"] = "it acts on the last of several dimensions"
         if given is None or "float" in node.meta:
