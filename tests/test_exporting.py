@@ -26,6 +26,7 @@ from unitstep.quantizing import quantize
 from unitstep.rounding import rounded
 from unitstep.running import KEY, open_model
 
+RUNTIMES = ("onnxruntime", "openvino")
 IMAGES = torch.randint(256, (16, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -132,7 +133,7 @@ def test_in_every_runtime_a_random_integer_network_has_the_same_spikes(blocks, s
         conv.groups > 1 and size != (1, 1) and (size[0] % 4 or size[1] % 4)
         for conv, size in zip(cnn.convs, sizes, strict=True)
     )
-    runs = {name: open_model(content, name)(images.numpy()) for name in ("onnxruntime", "openvino")[: 1 if odd else 2]}
+    runs = {name: open_model(content, name)(images.numpy()) for name in RUNTIMES[: 1 if odd else 2]}
     runs["reference"] = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: images.numpy()})
     for runtime, (logits, *fired) in runs.items():
         for (name, (expected, undecided)), got in zip(spikes.items(), fired, strict=True):
@@ -140,6 +141,27 @@ def test_in_every_runtime_a_random_integer_network_has_the_same_spikes(blocks, s
             assert set(np.unique(got)) <= {0, 255}
             assert np.array_equal(got > 0, expected[0].numpy()), f"{name} in {runtime}"
         np.testing.assert_allclose(logits, wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_counts_above_128_are_read_twice_with_halves_of_the_weights(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nets.Normalize((121,), (1 / 64,)), nn.Conv2d(3, 8, 1), nn.ReLU(), nn.AvgPool2d(12), nn.Flatten()
+    )
+    net.extend([nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 3)])
+    snn = to_spiking(net, IMAGES, steps=1, **ONE)
+    assert to_onnx(snn, tmp_path / "net.onnx", IMAGES).in_float == {}
+    assert pair_of_products(onnx.load(tmp_path / "net.onnx"), IMAGES.numpy()) < 2**15
+    ours, theirs = (open_model(tmp_path / "net.onnx", runtime)(IMAGES.numpy())[0] for runtime in RUNTIMES)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+
+
+def test_a_grouped_convolution_of_pixels_stays_in_floating_point(tmp_path):
+    net = nn.Sequential(nets.Normalize((121,), (1 / 64,)), nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Flatten())
+    snn = to_spiking(net.append(nn.Linear(600, 3)), IMAGES, steps=1, **ONE)
+    parity = to_onnx(snn, tmp_path / "net.onnx", IMAGES)
+    assert "grouped" in parity.in_float["_1"]
+    assert parity.layers[0].differ == 0
 
 
 def test_the_shipped_network_in_integers_has_its_accuracy(tmp_path):
@@ -285,11 +307,11 @@ def test_layers_whose_weights_are_rounded_again_are_named(tmp_path):
 
 def test_openvino_gives_the_shipped_networks_logits():
     images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
-    (ours,), (theirs,) = (open_model(SHIPPED, runtime)(images) for runtime in ("onnxruntime", "openvino"))
+    (ours,), (theirs,) = (open_model(SHIPPED, runtime)(images) for runtime in RUNTIMES)
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_other_images_than_the_models_are_refused(runtime):
     model, images = open_model(SHIPPED, runtime), np.zeros((2, 3, 32, 32), np.uint8)
     for wrong in (images[:, :1], images[0], images[..., :28], images.astype(np.float32)):
@@ -317,7 +339,7 @@ def test_what_cannot_be_exported_says_so(tmp_path):
     assert to_onnx(odd, path, IMAGES, form="float").changed == 0
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_what_is_no_exported_file_is_refused(runtime, tmp_path):
     path = tmp_path / "net.onnx"
     with pytest.raises(ValueError, match="cannot read"):

@@ -55,6 +55,7 @@ def test_tables_are_those_of_the_records():
     conversion = json.loads((RECORDS / "conversion.json").read_text())
     assert conversion_table(conversion) == CONVERSION.with_name("conversion-table.md").read_text()
     assert deploy_table(json.loads((RECORDS / "deploy.json").read_text())) in README.read_text()
+    assert deploy_table(json.loads((RECORDS / "deploy-avx2.json").read_text())) in DEPLOY.read_text()
     controls = json.loads((RECORDS / "controls.json").read_text())["rows"]
     assert controls_table(controls) == CONVERSION.with_name("controls-table.md").read_text()
     counting = json.loads((RECORDS / "counting.json").read_text())

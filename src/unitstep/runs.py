@@ -325,7 +325,8 @@ def provenance() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, number of its cores, threads that torch uses, and graphics card if there is one."""
+    """Processor, its vector and matrix instructions, number of its cores, threads that torch uses, and graphics card if
+    there is one."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -334,6 +335,11 @@ def machine() -> dict[str, Any]:
     return {
         "system": platform.system(),
         "cpu": cpu,
+        "instructions": sorted(
+            name
+            for name, there in torch.cpu.get_capabilities().items()
+            if there is True and name.startswith(("avx", "amx", "neon", "sve"))
+        ),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
