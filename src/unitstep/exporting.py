@@ -117,7 +117,7 @@ def to_onnx(
         raise ValueError(f"the network gives {list(given.shape)} for 2 images, not [2, classes]: give it such a head")
     rounded = quantize(fused) if form == "int8" else None
     model = _float_model(fused, images) if rounded is None else integer_model(rounded, images.shape[1:])
-    told: dict[str, Any] = {"format": 1, "form": form, "steps": steps, "input": list(images.shape[1:])}
+    told: dict[str, Any] = {"format": 2, "form": form, "steps": steps, "input": list(images.shape[1:])}
     told |= {"pixels": str(images.dtype).removeprefix("torch."), **(about or {})}
     onnx.helper.set_model_props(model, {KEY: json.dumps(told)})
     try:

@@ -9,9 +9,9 @@ its threshold n + ½, from `unitstep.quantizing`, is an int32 bias::
 QuantizeLinear, with a scale that is small against that, makes 0 of all that is not above 0 and 255 of all that is: the
 comparison is its saturation.
 
-x86 processors without VNNI multiply 8-bit numbers in pairs, and q·u + q'·u' saturates at 2¹⁵ there. So no layer's
-input is above 128: spikes are clipped to 0 and 1, and a layer of larger numbers, as pixels are, sees them twice, with
-about half of each weight::
+x86 processors without VNNI multiply 8-bit numbers in pairs, and q·u + q'·u' saturates at 2¹⁵ there. No pair gets so far
+here: spikes are clipped to 0 and 1, counts are at most 128 if they can be, and a layer of larger u, as pixels are,
+reads them twice, with halves of its weights, at most 64::
 
     Σ q·u = Σ ⌊q/2⌋·u + Σ (q − ⌊q/2⌋)·u
 """
@@ -99,6 +99,8 @@ class _Integer:
     net: fx.GraphModule
     writer: _Writer = field(default_factory=_Writer)
     values: dict[fx.Node, _Value] = field(default_factory=dict)
+    small: dict[str, str] = field(default_factory=dict)
+    """Of values above SMALL: their names, and those of what layers read in their place."""
     refused: list[str] = field(default_factory=list)
 
     def run(self) -> None:
@@ -141,8 +143,8 @@ class _Integer:
         real = [write.whole(value, name) for value in given]  # from here on everything is in floating point
         if isinstance(module, Fire):
             over = write.add("Greater", [real[0], self._vector(node, "threshold", module.threshold)], f"{name}_over")
-            levels = [write.scalar(LARGEST, np.uint8), write.scalar(0, np.uint8)]
-            return _Value(write.add("Where", [over, *levels], name), 1 / LARGEST, 0, LARGEST)
+            levels = [write.scalar(1, np.uint8), write.scalar(0, np.uint8)]
+            return _Value(write.add("Where", [over, *levels], name), 1.0)
         if isinstance(module, Scale):
             return _Value(write.add("Mul", [real[0], self._vector(node, "factor", module.factor)], name))
         if isinstance(module, Normalize):
@@ -185,12 +187,12 @@ class _Integer:
             return _Value(write.add(kind, inputs, name, **options))
         most = given.zero + given.times * node.all_input_nodes[0].meta["most"]
         given, weights = self._small(given, most, layer.weight)
-        inputs = [write.real(given, name)]
+        inputs = [write.whole(given, name)]
         weight = write.constant(f"{name}_weight", weights, np.int8)
         user = next(iter(node.users))
         behind = module_of(self.net, user)
         if isinstance(behind, Scale):  # a·N + b, real numbers
-            scale = write.constant(f"{name}_scale", behind.factor / given.unit)
+            scale = write.constant(f"{name}_scale", behind.factor)
             zeros = write.constant(f"{name}_zero", torch.zeros_like(behind.factor), np.int8)
             inputs.append(write.add("DequantizeLinear", [weight, scale, zeros], f"{name}_real_weight", axis=0))
             inputs.append(write.constant(f"{name}_bias", behind.bias))
@@ -198,7 +200,7 @@ class _Integer:
             return self.values[user]
         assert isinstance(behind, Fire)
         zero = write.constant(f"{name}_zero", 0, np.int8)  # not shared: x64quantprecision of ONNX Runtime replaces it
-        unit = [weight, write.scalar(1 / given.unit), zero]
+        unit = [weight, write.scalar(1.0), zero]
         inputs.append(write.add("DequantizeLinear", unit, f"{name}_real_weight"))
         below = (behind.threshold.double() - 0.5).round()  # n: neurons fire from n + 1 on
         bias = write.constant(f"{name}_bias", -(below * given.times + given.times // 2), np.int32)
@@ -209,18 +211,21 @@ class _Integer:
         return self.values[user]
 
     def _small(self, given: _Value, most: int, weights: Tensor) -> tuple[_Value, Tensor]:
-        """What a layer reads, and its weights [O, I, …], so that no number is above SMALL; `most`: the largest now."""
+        """What a layer reads in place of `given`, whose largest u is `most`, and with which weights [O, I, …], so that
+        no pair of products saturates."""
         if most <= SMALL:
             return given, weights
         write, spikes = self.writer, given.times == most
-        name = f"{given.name}_{'clipped' if spikes else 'twice'}"
-        there = any(node.name == name for node in write.nodes)  # for another layer
+        if given.name not in self.small:
+            bounds = [write.scalar(0, np.uint8), write.scalar(1, np.uint8)]
+            self.small[given.name] = (
+                write.add("Clip", [given.name, *bounds], f"{given.name}_clipped")
+                if spikes
+                else write.add("Concat", [given.name] * 2, f"{given.name}_twice", axis=1)
+            )
+        name = self.small[given.name]
         if spikes:
-            if not there:
-                write.add("Clip", [given.name, write.scalar(0, np.uint8), write.scalar(1, np.uint8)], name)
             return _Value(name, 1.0), weights
-        if not there:
-            write.add("Concat", [given.name] * 2, name, axis=1)
         half = (weights / 2).floor()
         return replace(given, name=name), torch.cat([half, weights - half], 1)
 

@@ -37,7 +37,7 @@ from unitstep.neuron import LIF
 from unitstep.rounding import on_grid
 
 LARGEST = 255  # of the whole numbers that 8 bits hold
-SMALL = 128  # of those u for which two products fit in 16 bits: |q·u + q'·u'| ≤ 2·127·128 < 2¹⁵
+SMALL = 128  # of those u for which two products fit in 16 bits with any weight: |q·u + q'·u'| ≤ 2·127·128 < 2¹⁵
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ class _Quantization:
         elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             node.meta["float"] = f"its padding is {layer.padding_mode}"
         elif isinstance(layer, nn.Conv2d) and layer.groups > 1 and given.most - given.least > SMALL:
-            node.meta["float"] = f"it is grouped, and its input has numbers above {SMALL}"  # not to be seen twice
+            node.meta["float"] = f"it is grouped, and its input has numbers above {SMALL}"
         elif not sums_channels(self.net, node):
             node.meta["float"] = "it acts on the last of several dimensions"
         if given is None or "float" in node.meta:
             return False
         inputs = layer.weight[0].numel()
         if inputs * 128 * LARGEST >= 2**31:
-            node.meta["float"] = f"sums of {inputs} inputs do not fit in 32 bits"
+            node.meta["float"] = f"sums of {inputs} inputs may not fit in 32 bits"
             return False
         scale_inputs_(layer, given.unit)
         node.meta["integer"] = True

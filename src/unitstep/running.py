@@ -60,6 +60,10 @@ def open_model(source: str | Path | bytes, runtime: Runtime = "onnxruntime", *, 
         raise ValueError(f"{name} is an ONNX file, but not one that unitstep exported") from error
     except Exception as error:  # each library has its own
         raise ValueError(f"{name} is damaged or is no ONNX file ({first_line(error)})") from error
+    if about.get("form") == "int8" and about.get("format", 1) < 2:
+        raise ValueError(
+            f"{name} was written by an earlier unitstep, whose integers are wrong on some processors: export it again"
+        )
     return Model(run, about)
 
 

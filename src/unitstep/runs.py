@@ -338,7 +338,7 @@ def machine() -> dict[str, Any]:
         "instructions": sorted(
             name
             for name, there in torch.cpu.get_capabilities().items()
-            if there is True and name.startswith(("avx", "amx", "neon", "sve"))
+            if there is True and name.startswith(("avx", "amx", "neon", "dot", "i8mm", "bf16", "sve", "sme"))
         ),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
