@@ -148,6 +148,8 @@ class _Quantization:
             node.meta["float"] = f"its padding is {layer.padding_mode}"
         elif isinstance(layer, nn.Conv2d) and layer.groups > 1 and given.most - given.least > SMALL:
             node.meta["float"] = f"it is grouped, and its input has numbers above {SMALL}"
+        elif isinstance(layer, nn.Conv2d) and layer.groups > 1 and not fours(layer):
+            node.meta["float"] = "its groups have no multiples of 4 channels, which OpenVINO computes wrongly"
         elif not sums_channels(self.net, node):
             node.meta["float"] = "it acts on the last of several dimensions"
         if given is None or "float" in node.meta:
@@ -218,6 +220,13 @@ class _Quantization:
         if given[0].unit.dim() and flattens(node, module):  # C·k features, which a linear layer takes as such
             return given[0] if all(sums_channels(self.net, user) for user in node.users) else None
         return given[0]
+
+
+def fours(conv: nn.Conv2d) -> bool:
+    """Whether a grouped convolution is depthwise, or its groups have multiples of 4 channels. OpenVINO 2026.4 computes
+    others in integers wrongly on processors without VNNI."""
+    inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    return inputs == outputs == 1 or inputs % 4 == outputs % 4 == 0
 
 
 def flattens(node: fx.Node, module: nn.Module | None) -> bool:
