@@ -55,7 +55,6 @@ RUNS: dict[str, Recipe] = {
     "cifar10-vgg16-conv-1": replace(CONV, seed=1),
     "cifar10-vgg16-conv-0": CONV,
     "cifar10-vgg16-conv-straight-0": straight(CONV),
-    "cifar10-resnet20-as-quick-long-0": replace(LONG, net="resnet20"),
     "cifar10-resnet20-0": recipe("cifar10-resnet20"),
     "cifar10-vgg6-0": recipe("cifar10-vgg6"),
     "cifar10-vgg16-paper-over-20": shortened(recipe("cifar10-vgg16-paper"), 20),

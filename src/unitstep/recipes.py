@@ -312,12 +312,7 @@ _QUICK_LONG = (  # a CNN that is trained for long is worth imitating
     replace(_QUICK[1], epochs=80, distillation=0.5, keep="best"),
 )
 _VGG16_CONV = _ladder(*_QUICK_LONG, between=1)
-_FULL = _ladder(
-    Stage(None, 60, 0.1, "sgd", 5e-4, batch=128, warmup=0.2, label_smoothing=0.1),
-    Stage(1, 60, 1e-3, "adamw", 0.05, batch=128, warmup=0.1, label_smoothing=0.1, weight_bits=8),
-    between=10,
-)
-_VGG16 = _ladder(
+_VGG16 = _ladder(  # hidden layers of spikes without a norm do not bear the rate of the others
     Stage(None, 40, 0.1, "nesterov", 5e-4, warmup=0.2, label_smoothing=0.1),
     Stage(1, 100, 1e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, distillation=0.5),
     between=3,
@@ -333,12 +328,12 @@ _SHIPPED = (
     Recipe("fashion-mnist", "zalando-datasets/fashion_mnist", "vgg-mini", _MINI, **_FASHION),
     Recipe("cifar10-quick", _CIFAR10, "vgg-quick", _QUICK, **_IMAGES),
     Recipe("cifar10-quick-long", _CIFAR10, "vgg-quick", _QUICK_LONG, **_IMAGES),
-    Recipe("cifar10-vgg6", _CIFAR10, "vgg6", _FULL, dropout=0.2),
+    Recipe("cifar10-vgg6", _CIFAR10, "vgg6", _VGG16, dropout=0.2, **_IMAGES),
     Recipe("cifar10-vgg16", _CIFAR10, "vgg16", _VGG16, dropout=0.2, **_IMAGES),
     Recipe("cifar10-vgg16-conv", _CIFAR10, "vgg16-conv", _VGG16_CONV, **_IMAGES),
-    Recipe("cifar10-resnet20", _CIFAR10, "resnet20", _FULL, dropout=0.1),
-    Recipe("cifar100-vgg16", _CIFAR100, "vgg16", _FULL, dropout=0.2),
-    Recipe("cifar100-resnet20", _CIFAR100, "resnet20", _FULL, dropout=0.1),
+    Recipe("cifar10-resnet20", _CIFAR10, "resnet20", _VGG16_CONV, **_IMAGES),
+    Recipe("cifar100-vgg16", _CIFAR100, "vgg16", _VGG16, dropout=0.2, **_IMAGES),
+    Recipe("cifar100-resnet20", _CIFAR100, "resnet20", _VGG16_CONV, **_IMAGES),
     _paper("cifar10-vgg6-paper", _CIFAR10, "vgg6", norm="none", **_CIFAR10_PIXELS),
     _paper("cifar10-vgg16-paper", _CIFAR10, "vgg16", norm="none", **_CIFAR10_PIXELS),
     _paper("cifar10-resnet20-paper", _CIFAR10, "resnet20", norm="fold", **_CIFAR10_PIXELS),
