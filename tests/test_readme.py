@@ -68,3 +68,14 @@ def test_tables_are_those_of_the_records():
     assert ladders.keys() == RUN_TO_THE_END
     assert [name for name in SHOWN if table(ladders[name]) not in README.read_text()] == []
     assert page(ladders) == PAGE.read_text()
+
+
+def test_figures_in_sentences_are_those_of_the_record_and_of_the_card():
+    text = README.read_text()
+    vgg16 = records()["cifar10-vgg16-conv"]["runs"][0]["stages"][-1]
+    assert f"`cifar10-vgg16-conv`, reach {vgg16['test_accuracy']:.2f} %" in text
+    card = SHIPPED.parent / "cifar10-t1.md"
+    in_integers = re.search(r"\| accuracy \| (\d\d\.\d\d) % of the 10,000 test images", card.read_text())
+    assert in_integers
+    assert f"integers T = 1 has {in_integers[1]} %" in text
+    assert f"`cifar10-quick-long`, {in_integers[1]} % in integers" in text
