@@ -702,6 +702,12 @@ def _viewed_and_changed_again(net: nn.Module, x: Tensor) -> Tensor:
     return net.c(y.view(x.size(0), 4, 8, 8))
 
 
+def _read_size_afterwards(net: nn.Module, x: Tensor) -> Tensor:
+    x = net.a(x)
+    y = F.relu(x.flatten(1), inplace=True)
+    return net.c(y.view(y.size(0), x.size(1), x.size(2), x.size(3)))
+
+
 class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -721,7 +727,7 @@ class InPlace(nn.Module):
 
 MUST_CONVERT = [
     _discarded_module, _pre_activation, _discarded_call, _augmented_add, _augmented_mul, _augmented_size, _the_images,
-    _chain, _viewed_afterwards,
+    _chain, _viewed_afterwards, _read_size_afterwards,
 ]  # fmt: skip
 MAY_BE_REFUSED = [
     _torch_clamp_min_, _view_changed, _view_of_changed, _viewed_and_changed_again, _through_stochastic_depth, _abs_,

@@ -1,5 +1,6 @@
 """Thresholds: each strategy against its formula; the report's numbers; watching; one step after another."""
 
+import copy
 import json
 from functools import partial
 
@@ -218,3 +219,39 @@ def test_a_large_layer_is_drawn_from_all_its_columns():
     columns = torch.arange(28.0).expand(1, 64, 32, 28, 28)
     layer = Activity(columns, torch.zeros(1), torch.ones(()))
     assert len(_in_thresholds(layer).unique()) == 28
+
+
+class Squeezes(nn.Module):
+    """Loses the dimension of a batch of one, as careless networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)).mean((2, 3), keepdim=True).squeeze())[:, :2]
+
+
+@pytest.mark.parametrize(("images", "steps"), [(65, 5), (16, 256)])
+def test_no_part_of_the_images_is_a_batch_of_one(images, steps):
+    to_spiking(Squeezes().eval(), torch.rand(images, 3, 8, 8), steps=steps)
+
+
+def test_calibration_is_in_fp32_whatever_the_network_is_in():
+    torch.manual_seed(0)
+    cnn = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 2)).eval()
+    with torch.no_grad():
+        cnn[0].weight *= 600  # squares of its currents are no numbers of fp16
+    full, half = (
+        to_spiking(net, images, steps=4, thresholds="mse").report["_1"].threshold
+        for net, images in ((cnn, IMAGES), (copy.deepcopy(cnn).half(), IMAGES.half()))
+    )
+    assert half == pytest.approx(full, rel=0.02)
+
+
+def test_an_optimiser_keeps_the_thresholds_that_are_found_anew():
+    snn = to_spiking(plain(), IMAGES, steps=2)
+    optimizer = torch.optim.SGD(snn.parameters(), lr=1.0)
+    calibrate_(snn, IMAGES, steps=2, thresholds="max")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert all(id(lif.threshold) in held for lif in snn.lifs.values())

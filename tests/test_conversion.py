@@ -409,6 +409,50 @@ def test_frozen_layers_stay_frozen_when_a_batch_norm_is_folded():
     assert (learned["0.weight"], learned["0.bias"]) == (False, True)
 
 
+class Makes(nn.Module):
+    """Makes modules, and slices a Sequential, when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = nn.ReLU()(self.body[2](self.body[:2](x)))
+        return nn.Softmax(1)(self.head(nn.Flatten()(nn.AvgPool2d(2)(x))))
+
+
+def test_modules_that_are_made_in_forward_convert():
+    torch.manual_seed(0)
+    cnn, images = Makes().eval(), torch.randn(8, 3, 8, 8)
+    snn = to_spiking(cnn, images, steps=256, thresholds="max")
+    assert len(snn.lifs) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(snn(images, 256), cnn(images), rtol=0, atol=0.01)
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Conv2d(3, 4, 3)]
+
+    def forward(self, x):
+        return torch.relu(self.layers[0](x)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("cnn", "options", "message"),
+    [
+        (Lists(), {}, "keep modules in nn.ModuleList, not in a list"),
+        (torch.optim.swa_utils.AveragedModel(nn.ReLU()), {}, r"AveragedModel is a wrapper: .* network.module"),
+        (Makes(), {"leaf_modules": "body"}, r"leaf_modules is a tuple of names or classes: \('body',\)"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.ReLU()), {}, "put an nn.BatchNorm2d"),
+    ],
+)
+def test_refusals_name_the_way_out(cnn, options, message):
+    with pytest.raises(ValueError, match=message):
+        spiking(cnn.eval(), **options)
+
+
 class LinearByKeyword(nn.Module):
     def __init__(self):
         super().__init__()

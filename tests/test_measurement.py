@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from tests.small import small
 from tests.test_data import write_images
@@ -39,7 +40,7 @@ def test_rates_dead_and_saturated_neurons_of_a_net_counted_by_hand():
 def test_wilson_interval():
     low, high = wilson(9000, 10000)
     assert (low, high) == pytest.approx((89.396, 90.573), abs=0.01)
-    assert wilson(10, 10)[1] == pytest.approx(100)
+    assert (wilson(100, 100)[1], wilson(0, 7)[0]) == (100, 0)
 
 
 def test_a_run_without_stages_and_one_of_other_classes(tmp_path, unbroken):
@@ -92,6 +93,27 @@ def test_what_gives_no_logits_or_is_asked_for_the_wrong_kind():
     for nothing in ([], [(torch.ones(0, 2, 4, 4), torch.zeros(0))]):
         with pytest.raises(ValueError, match="no images to measure"):
             measure(cnn, nothing, steps=None, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [(torch.ones(3, 2, 4, 4), -torch.ones(3))],
+        [(torch.ones(3, 2, 4, 4), torch.zeros(3, 1))],
+        [{"images": torch.ones(3, 2, 4, 4), "labels": torch.zeros(3)}],
+        TensorDataset(torch.ones(3, 2, 4, 4), torch.zeros(3)),
+    ],
+    ids=["unlabelled", "columns", "dicts", "a Dataset"],
+)
+def test_what_is_no_batches_is_refused(data):
+    with pytest.raises(ValueError, match="data must be batches of"):
+        measure(nn.Sequential(nn.Flatten(), nn.Linear(32, 2)), data, steps=None, device="cpu")
+
+
+def test_an_empty_batch_counts_nothing():
+    batches = [(torch.ones(n, 2, 4, 4), torch.zeros(n)) for n in (2, 0, 1)]
+    snn = spiking(nn.Sequential(nn.Flatten(), nn.Linear(32, 4), nn.ReLU(), nn.Linear(4, 2)).eval())
+    assert measure(snn, batches, steps=2, device="cpu").images == 3
 
 
 def test_what_was_measured_is_kept_if_the_rest_fails(unbroken, tmp_path, monkeypatch):

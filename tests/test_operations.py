@@ -236,6 +236,54 @@ def test_however_a_convolution_is_called_its_operations_are_the_same():
     assert found[-1][:3] == found[0][:3]
 
 
+class Between(nn.Module):
+    """Something between neurons and the second layer."""
+
+    def __init__(self, between, second):
+        super().__init__()
+        self.a, self.b, self.between = nn.Conv2d(1, 3, 3, padding=1), second, between
+
+    def forward(self, x):
+        return self.between(self.b, torch.relu(self.a(x))).flatten(1)
+
+
+def inputs_and_additions(between, second=None):
+    """What the second layer takes according to the report and to the measurement, and its additions per image."""
+    torch.manual_seed(0)
+    cnn, images = Between(between, second or nn.Conv2d(3, 2, 3)).eval(), torch.randn(4, 1, 6, 6)
+    snn = to_spiking(cnn, images, steps=1)
+    found = measure(snn, [(images, torch.zeros(4))], steps=1, device="cpu").operations[1]
+    return snn.report["b"].became, found.input, found.additions
+
+
+def test_what_changes_no_spike_changes_no_count():
+    plain = inputs_and_additions(lambda b, x: b(x))
+    assert plain[:2] == ("kept, binary input", "binary")
+    for between in (lambda b, x: b(x * 0.5), lambda b, x: b(-x), lambda b, x: b(x.detach())):
+        assert inputs_and_additions(between) == plain
+    twice = inputs_and_additions(lambda b, x: b(x + x))
+    assert twice == ("kept, integer input", "integer", 2 * plain[2])
+    assert inputs_and_additions(lambda b, x: b(sum([x, x]))) == twice  # which begins with 0 + x
+    assert inputs_and_additions(lambda b, x: b(torch.add(x, x, alpha=2))) == twice
+
+
+@pytest.mark.parametrize("function", [lambda x: F.interpolate(x, scale_factor=2), nn.Upsample(scale_factor=2)])
+def test_copies_of_spikes_are_spikes(function):
+    copied = inputs_and_additions(lambda b, x: b(function(x)), nn.Conv2d(3, 2, 1))
+    assert copied[:2] == ("kept, binary input", "binary")
+    assert copied[2] == 4 * inputs_and_additions(lambda b, x: b(x), nn.Conv2d(3, 2, 1))[2] > 0
+    smooth = inputs_and_additions(lambda b, x: b(F.interpolate(x, scale_factor=2, mode="bilinear")))
+    assert smooth[:2] == ("kept, analog input", "analog")
+
+
+def test_spikes_reach_what_a_transposed_convolution_is_asked_for():
+    up = nn.ConvTranspose2d(3, 2, 3, 2, 1)
+    small = inputs_and_additions(lambda b, x: b(x), up)[2]
+    large = inputs_and_additions(lambda b, x: b(x, output_size=(12, 12)), up)[2]
+    with_option = nn.ConvTranspose2d(3, 2, 3, 2, 1, output_padding=1)
+    assert large == inputs_and_additions(lambda b, x: b(x), with_option)[2] > small
+
+
 class Rows(nn.Module):
     """The second convolution sees each channel of an image as a row of its own."""
 

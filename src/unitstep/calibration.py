@@ -165,7 +165,7 @@ def calibrate_(
                 row.found = "cap" if (row.cap < V).all() else f"{row.found}, at most the cap"
                 V = V.clamp(max=row.cap)
             row.threshold = V.mean().item()
-            lif.threshold = nn.Parameter(V.to(lif.threshold), requires_grad=lif.threshold.requires_grad)
+            lif.threshold.data, lif.threshold.grad = V.to(lif.threshold), None  # an optimiser may have it already
             lif.leak.fill_(1.0)
         for _ in sweep.currents(None):
             pass
@@ -203,7 +203,7 @@ def sampled(x: Tensor) -> Tensor:
 
 def _least_squares(currents: Iterator[Tensor], steps: int, initial: float, cap: float | None) -> Tensor:
     """The threshold whose response over `steps` to the mean current is nearest to ReLU, or to the capped ReLU."""
-    sums = [(window.sum(0), len(window)) for window in currents]
+    sums = [(window.to(torch.promote_types(window.dtype, torch.float32)).sum(0), len(window)) for window in currents]
     x = (torch.stack([total for total, _ in sums]).sum(0) / sum(length for _, length in sums)).flatten()
     x = sampled(x)
     top = x.max() if cap is None else x.max().clamp(max=cap)
@@ -367,7 +367,7 @@ def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> 
     needed = Counter(node.meta.get("as", node.meta.get("row")) for node in snn.graph.nodes)  # how often each is needed
     squares: dict[str, tuple[float, float]] = {}  # sums over the images: of the difference, of the CNN's value
     snn.eval()
-    for part in images.split(max(1, ROWS // steps)):
+    for part in images.tensor_split(max(1, min(len(images) // 2, -(-len(images) * steps // ROWS)))):
         there = _values(fx.Interpreter(cnn), part)
         ahead: dict[str, Any] = {}  # values of the CNN that are needed later: folding and caps change the order
         left = needed.copy()

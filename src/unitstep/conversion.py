@@ -182,7 +182,7 @@ class Spiking(Graph):
 
 SAME, COUNTS, ANALOG = "same", "counts", "analog"
 KEPT_MODULES: dict[type[nn.Module], str] = {
-    **dict.fromkeys((*CONVOLUTIONS, nn.Linear, *BATCH_NORMS, Normalize, nn.Upsample), ANALOG),
+    **dict.fromkeys((*CONVOLUTIONS, nn.Linear, *BATCH_NORMS, Normalize), ANALOG),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), COUNTS),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d), SAME),
     **dict.fromkeys((nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle), SAME),
@@ -192,7 +192,6 @@ KEPT_MODULES: dict[type[nn.Module], str] = {
 }  # fmt: skip
 KEPT_FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.linear, F.batch_norm), ANALOG),
-    **dict.fromkeys((torch.conv1d, torch.conv2d, F.interpolate), ANALOG),
     **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d), COUNTS),
     **dict.fromkeys((torch.mean, torch.sum), COUNTS),
     **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, torch.amax), SAME),
@@ -203,7 +202,9 @@ KEPT_FUNCTIONS: dict[Any, str] = {
 }
 KEPT_METHODS: dict[str, str] = {
     **dict.fromkeys(("flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"), SAME),
-    **dict.fromkeys(("chunk", "split", "unbind", "narrow", "flip", "roll", "clone", "detach", "amax", "float"), SAME),
+    **dict.fromkeys(
+        ("unflatten", "chunk", "split", "unbind", "narrow", "flip", "roll", "clone", "detach", "amax", "float"), SAME
+    ),
     **dict.fromkeys(("mean", "sum"), COUNTS),
 }
 MAX_POOLS: dict[Any, Any] = {  # and the average pools that may take their places
@@ -216,13 +217,16 @@ MAX_POOLS: dict[Any, Any] = {  # and the average pools that may take their place
 ADDITIONS: set[Any] = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub"}
 CONCATENATIONS: set[Any] = {*CATS, torch.stack}
 SCALINGS: set[Any] = {operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div", operator.neg}
-WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    **dict.fromkeys(("DataParallel", "DistributedDataParallel", "AveragedModel"), "module"),
+}
 # In-place operations and what they are otherwise.
 IN_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div",
     "relu_": "relu", "clamp_": "clamp", "clip_": "clip", "clamp_min_": "clamp_min", "clamp_max_": "clamp_max",
-    F.relu_: F.relu, torch.relu_: torch.relu, F.hardtanh_: F.hardtanh, F.leaky_relu_: F.leaky_relu,
+    torch.relu_: torch.relu, F.hardtanh_: F.hardtanh, F.leaky_relu_: F.leaky_relu,
     torch.clamp_: torch.clamp, torch.clip_: torch.clip, torch.clamp_min_: torch.clamp_min,
     torch.clamp_max_: torch.clamp_max,
 }  # fmt: skip
@@ -234,12 +238,13 @@ VIEWS: set[Any] = {  # outputs share memory with the input
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.movedim, torch.squeeze, torch.unsqueeze,
     torch.chunk, torch.split, torch.unbind, torch.narrow, operator.getitem, nn.Flatten, nn.Unflatten, nn.Identity,
     "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split",
-    "unbind", "narrow", "detach", "float", nn.Dropout, nn.Dropout1d, nn.Dropout2d, F.dropout, F.dropout1d, F.dropout2d,
+    "unbind", "narrow", "detach", "float", "unflatten", nn.Dropout, nn.Dropout1d, nn.Dropout2d, F.dropout, F.dropout1d,
+    F.dropout2d,
 }  # fmt: skip
 AVERAGED = "average pool in its place: another function"
 APPROXIMABLE: set[Any] = {
     nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.PReLU,
-    F.leaky_relu, F.silu, F.gelu, F.hardswish, F.prelu, torch.prelu,
+    F.leaky_relu, F.silu, F.gelu, F.hardswish, F.prelu,
 }  # fmt: skip
 DROPOUTS: dict[Any, Any] = {nn.Dropout: F.dropout, nn.Dropout1d: F.dropout1d, nn.Dropout2d: F.dropout2d}
 SOFTMAXES: set[Any] = {
@@ -280,7 +285,11 @@ def _bounds(node: fx.Node, module: nn.Module | None) -> tuple[Any, Any] | None:
 
 
 class _Proxy(fx.Proxy):  # type: ignore[misc,unused-ignore]
-    """Augmented assignment changes a tensor in place; a plain Proxy traces it as if it made a new one."""
+    """Augmented assignment changes a tensor in place; a plain Proxy traces it as if it made a new one. And `sum` of
+    several tensors starts from 0, which adds nothing."""
+
+    def __radd__(self, other: Any) -> fx.Proxy:
+        return self if type(other) is int and other == 0 else super().__radd__(other)  # type: ignore[misc]
 
 
 def _noted(function: Any) -> Any:
@@ -312,7 +321,11 @@ class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
         )
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before, self.path = self.path, self.path_of_module(m)
+        try:
+            path = self.path_of_module(m)
+        except NameError:  # made, or sliced out of a Sequential, in forward: what it does is traced
+            return forward(*args, **kwargs)
+        before, self.path = self.path, path
         out = super().call_module(m, forward, args, kwargs)
         self.path = before  # not after an exception
         return out
@@ -340,6 +353,8 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
             f"{type(cnn).__name__} has forward hooks, which its spiking copy would not run: remove them, by remove() "
             "of what registered them, or put what they do into forward"
         )
+    if isinstance(leaf_modules, str):
+        raise ValueError(f"leaf_modules is a tuple of names or classes: ({leaf_modules!r},)")
     names = dict(cnn.named_modules())
     for leaf in leaf_modules:
         if isinstance(leaf, str) and leaf not in names:
@@ -393,15 +408,15 @@ def _untraceable(cnn: nn.Module, error: Exception, path: str) -> str:
     where = ""
     if frames:
         where = f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: `{frames[-1].line}`"
+    problem = f"{type(cnn).__name__} cannot be traced{where} ({first_line(error)})"
+    if isinstance(error, NameError) and "not a member" in str(error):
+        return f"{problem}. It does not know these weights as its own: keep modules in nn.ModuleList, not in a list"
     way_out = "write that line so that it does not, or "
     if path in ("", "cnn"):  # the whole network; "cnn" is what a run calls a user's
         way_out += "put it into a module of its own, which can be kept as it is, unconverted: leaf_modules=(its name,)"
     else:
         way_out += f"keep the module it stands in as it is, unconverted: leaf_modules=({path!r},)"
-    return (
-        f"{type(cnn).__name__} cannot be traced{where} ({first_line(error)}). Which operations a network runs must not "
-        f"depend on the data: {way_out}"
-    )
+    return f"{problem}. Which operations a network runs must not depend on the data: {way_out}"
 
 
 def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
@@ -453,6 +468,9 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
 
 def rule_of(node: fx.Node, module: nn.Module | None) -> str | None:
     """What a kept operation makes of its input's values; None if it is in no table."""
+    if isinstance(module, nn.Upsample) or node.target is F.interpolate:
+        mode = argument(node, "mode", 3, "nearest") if module is None else module.mode
+        return SAME if mode in ("nearest", "nearest-exact") else ANALOG  # copies, or averages of neighbours
     if module is not None:  # also subclasses that torch makes, as for weight norm
         return next((rule for kept, rule in KEPT_MODULES.items() if isinstance(module, kept)), None)
     kept: dict[Any, str] = KEPT_METHODS if node.op == "call_method" else KEPT_FUNCTIONS
@@ -464,7 +482,7 @@ def _redirect(node: fx.Node, place: str, order: dict[fx.Node, int], family: list
     and shares that tensor's memory."""
     changed, now = node.all_input_nodes[0], order[node]
     for relative in family:
-        late = [user for user in relative.users if order[user] > now]
+        late = [user for user in relative.users if order[user] > now and not _reads_size(user)]
         if late and relative is not changed:
             raise ValueError(
                 f"{place} changes {changed.name} in place, which shares memory with {relative.name}, used later in "
@@ -720,7 +738,7 @@ class _Conversion:
             terms = (*node.args, node.kwargs.get("other"))
             numbers = what in ADDITIONS and any(isinstance(term, int | float) for term in terms)
             counts = "integer" if kinds == "binary" and what in ADDITIONS else kinds
-            self.values[node] = ANALOG if constant or numbers or "alpha" in node.kwargs else counts
+            self.values[node] = ANALOG if constant or numbers else counts
             homogeneous = not constant and not numbers
         elif len(inputs) > 1 or (what in SCALINGS and sum(arg in inputs for arg in arguments) > 1):  # also x * x
             product = what in SCALINGS or what in (torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm")
@@ -729,13 +747,14 @@ class _Conversion:
         elif what in SCALINGS and node.kwargs.get("rounding_mode") is not None:
             return self._refuse(node, "it rounds, which no sum of spikes can make up for: leave rounding_mode out")
         elif what in SCALINGS and (first in inputs or what in (operator.mul, torch.mul, "mul")):
-            self.values[node] = kinds if what is operator.neg and kinds != "binary" else ANALOG
-            homogeneous = True
+            self.values[node], homogeneous = kinds, True
         elif getattr(module, "return_indices", False):
             return self._refuse(node, "it returns indices, which spikes do not have: leave return_indices out")
         elif rule is None or (module is None and first not in inputs):
             own = what in OWN_STATISTICS_FUNCTIONS or isinstance(module, OWN_STATISTICS)
             why = "normalises each image by its own statistics, which no spike knows: use batch norm"
+            if isinstance(module, nn.SyncBatchNorm):
+                why, own = "it is for training on several GPUs: put an nn.BatchNorm2d with its state dict there", True
             generic = (
                 "it has no spiking form here: use ReLU, pooling, batch norm, addition or concatenation in its place"
             )

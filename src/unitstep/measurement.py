@@ -5,7 +5,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -109,9 +109,9 @@ def measure(
     where = choose_device(device)
     net = net.eval().to(where)
     at_least = min(HEALTH_IMAGES, ROWS // (steps or 1))
-    batches = iter(data.batches(max(at_least, batch_size(steps, where))) if isinstance(data, Split) else data)
+    batches = _checked(data.batches(max(at_least, batch_size(steps, where))) if isinstance(data, Split) else data)
     first = next(batches, None)
-    if first is None or not len(first[0]):
+    if first is None:
         raise ValueError("there are no images to measure on")
     snn, found = net, _operations(net, first[0][:1].to(where))
     lifs = net.lifs if isinstance(net, Spiking) else {}
@@ -160,6 +160,20 @@ def measure(
         tuple(_cost(operation, spikes, images_seen, steps or 1) for operation in found),
         tuple(tuple(row) for row in confusion.tolist()),
     )  # fmt: skip
+
+
+def _checked(data: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches that are not empty. ValueError if one is not of images and labels."""
+    for batch in data:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(each, Tensor) for each in batch)
+        images, labels = batch if pair else (torch.zeros(0), torch.zeros(0))
+        if not pair or labels.shape != images.shape[:1] or (labels < 0).any():
+            raise ValueError(
+                "data must be batches of (images [B, C, H, W], labels [B]), the labels whole numbers from 0 on; a "
+                "torch.utils.data.DataLoader makes them of a Dataset"
+            )
+        if len(labels):
+            yield images, labels
 
 
 def _operations(net: nn.Module, image: Tensor) -> tuple[Operation, ...]:
@@ -242,7 +256,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     z = 1.959964
     p, centre = right / n, right / n + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * (centre - half) / (1 + z * z / n), 100 * (centre + half) / (1 + z * z / n)
+    low, high = (100 * end / (1 + z * z / n) for end in (centre - half, centre + half))
+    return max(0.0, low), min(100.0, high)
 
 
 def measure_run(

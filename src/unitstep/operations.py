@@ -24,7 +24,7 @@ from unitstep.conversion import ADDITIONS, COUNTS, MAX_POOLS, SCALINGS, rule_of
 from unitstep.fusing import CONVOLUTIONS, Fire, Scale, argument, kind_of, module_of, values
 
 Input = Literal["analog", "binary", "integer"]
-WEIGHTED: set[Any] = {F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.linear, torch.conv1d, torch.conv2d}
+WEIGHTED: set[Any] = {F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.linear}
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         def number(source: fx.Node) -> Any:
             return self.spikes[source].number if source in self.spikes else self.env[source]
 
+        if node.target == "detach":  # which would cut off the way to the sources
+            return number(node.all_input_nodes[0])
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), number)
         return getattr(self, node.op)(node.target, args, kwargs)
 
@@ -174,7 +176,9 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
             ones = {
                 name: torch.full_like(p, name == "weight", dtype=number.dtype) for name, p in module.named_parameters()
             }
-            return torch.func.functional_call(module, ones, (number,))  # type: ignore[no-any-return]
+            given = (node.args[1:], {key: value for key, value in node.kwargs.items() if key != "input"})
+            args, kwargs = fx.node.map_arg(given, self.env.__getitem__)  # as a transposed convolution's output size
+            return torch.func.functional_call(module, ones, (number, *args), kwargs)  # type: ignore[no-any-return]
         weight = torch.ones_like(self.env[argument(node, "weight", 1)], dtype=number.dtype)
         rest = {key: value for key, value in node.kwargs.items() if key not in ("input", "weight", "bias")}
         return node.target(number, weight, None, *node.args[3:], **rest)  # type: ignore[operator,no-any-return]
