@@ -16,8 +16,9 @@ from unitstep.recipes import RECIPES
 TINY = [part for i in range(6) for part in (f"--stages.{i}.epochs", "0.02")]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "unitstep", *arguments], capture_output=True, text=True)
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "unitstep", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["recipes"]])
@@ -132,3 +133,9 @@ def test_as_a_module_and_without_a_terminal():
     refused = run("train", "fashion-mini", "--out", "x", "--stages.1.steps", "0")
     assert refused.returncode == 2
     assert "steps of 1 or more" in refused.stdout + refused.stderr
+
+
+def test_letters_that_the_terminal_has_not_are_escaped():
+    found = run("recipes", PYTHONIOENCODING="latin-1")
+    assert found.returncode == 0
+    assert r"\u2192" in found.stdout  # an arrow

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import io
+import itertools
 import logging
 import multiprocessing
 import time
@@ -409,6 +410,8 @@ def test_kinds_of_image() -> None:
     assert pixel(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), 3, "JPEG") == [255, 255, 255]
     with pytest.raises(ValueError, match="8 or 16 bits"):
         pixel(Image.new("F", (4, 4), 0.5), 1, "TIFF")
+    with pytest.raises(ValueError, match="8 or 16 bits"):
+        pixel(Image.fromarray(np.full((4, 4), 255, np.int32)), 1, "TIFF")
 
 
 def test_orientation_is_applied() -> None:
@@ -456,6 +459,20 @@ def test_class_folders(tmp_path: Path) -> None:
     assert train.labels.bincount().tolist() == [3, 3, 2]
     assert val.labels.bincount().tolist() == [1, 1, 1]
     assert load_test(source, **SMALL).labels.bincount().tolist() == [2, 2, 3]
+
+
+def test_a_folder_whose_name_is_a_pattern_is_itself(tmp_path: Path) -> None:
+    for name, grey in (("set[1]", 0), ("set1", 255)):
+        for split, label in itertools.product(("train", "test"), "ab"):
+            (folder := tmp_path / name / split / label).mkdir(parents=True)
+            for i in range(3):
+                Image.new("L", (8, 8), grey).save(folder / f"{i}.png")
+    assert next(load_test(str(tmp_path / "set[1]"), **SMALL).batches(6))[0].max() == 0
+    (tmp_path / "other[1]").mkdir()
+    (tmp_path / "a::b").mkdir()
+    for folder, reason in ((tmp_path / "other[1]", r"has \* or \["), (tmp_path / "a::b", "has ::")):
+        with pytest.raises(ValueError, match=f"{reason} in its name"):
+            load_test(str(folder), **SMALL)
 
 
 def test_validation_split_stands_in_for_an_unlabelled_test_split(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -53,6 +54,23 @@ def test_the_float_file_of_an_architecture_has_its_spikes(name, tmp_path):
     assert sum(layer.differ for layer in parity.layers) < 5  # at their thresholds
     (logits,) = open_model(tmp_path / "net.onnx")(images[:1].numpy())  # another batch
     np.testing.assert_allclose(logits, snn(images[:1], steps=3).detach(), atol=1e-4)
+
+
+def test_what_hands_values_on_is_left_out(tmp_path):
+    class HandsOn(nn.Module):
+        def forward(self, x):
+            return torch.clone(x.detach()).contiguous().clone()
+
+    head = (nn.Flatten(), nn.Linear(800, 5))
+    parity = to_onnx(spiking(nn.Conv2d(3, 8, 3), nn.ReLU(), HandsOn(), *head), tmp_path / "net.onnx", IMAGES)
+    assert (parity.form, parity.in_float) == ("int8", {})
+
+
+def test_a_float_file_names_no_folder_of_this_machine(tmp_path):
+    to_onnx(spiking(*SMALL), tmp_path / "net.onnx", IMAGES, form="float")
+    content = (tmp_path / "net.onnx").read_bytes()
+    assert b".py" not in content
+    assert str(Path(exporting.__file__).parent).encode() not in content
 
 
 # ---------------------------------------------------------------------------------------------------------------- int8

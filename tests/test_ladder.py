@@ -511,6 +511,15 @@ def test_too_little_memory_says_what_takes_less(tmp_path, monkeypatch):
         train(small(1), tmp_path / "run")
 
 
+def test_too_little_memory_for_calibration_says_so_too(unbroken, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ladder, "calibrate_", full)
+    with pytest.raises(ValueError, match=r"stage t1 does not fit .* fewer --calibration-images"):
+        train(small(1), tmp_path / "run", cnn=unbroken)
+
+
 def test_without_a_compiler_a_long_stage_says_what_that_costs_and_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "compiler_available", lambda device: False)
     monkeypatch.setattr(ladder, "COMPILE_FROM", 0)

@@ -13,6 +13,7 @@ from tests.test_exporting import IMAGES, SMALL, ReadsItsSize, spiking
 from tests.test_fusing import EACH, ONE
 from unitstep import nets, pretrained, record, to_nir, to_spiking
 from unitstep.data import load_test
+from unitstep.nets import Normalize
 
 nir = pytest.importorskip("nir", reason="NIR needs nir (the nir extra)")
 
@@ -154,6 +155,14 @@ def test_a_sum_pool_at_the_end_is_refused(tmp_path):
     odd = spiking(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AvgPool2d(12), nn.Flatten())
     with pytest.raises(ValueError, match="write mean pools"):
         to_nir(odd, tmp_path / "net.nir", IMAGES, pools="sum")
+
+
+def test_a_normalisation_behind_something_else_is_refused(tmp_path):
+    """It is not what the graph's input could be taken behind."""
+    cnn = nn.Sequential(nn.AvgPool2d(2), Normalize((121,), (1 / 64,)), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
+    snn = to_spiking(nn.Sequential(*cnn, nn.Linear(128, 5)).eval(), IMAGES.float(), steps=1)
+    with pytest.raises(ValueError, match="NIR has no form of these operations: Normalize _1"):
+        to_nir(snn, tmp_path / "net.nir", IMAGES.float())
 
 
 def test_more_than_one_timestep_is_refused_with_the_reason(tmp_path):

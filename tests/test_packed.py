@@ -41,6 +41,13 @@ def test_the_same_images_in_the_same_order(folder: Path) -> None:
     assert torch.equal(a, b)
 
 
+def test_the_package_s_set_is_not_a_folder_of_its_name(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(folder, tmp_path / "fashion-mini")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(packed, "read", None)
+    load_test("fashion-mini", **MINI)
+
+
 def test_a_part_is_missing(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "train-00001-of-00002.safetensors").unlink()

@@ -65,6 +65,8 @@ def test_differences_name_the_field():
         ("colour", 1, "unknown fields .'colour'"),
         ("seed", "one", "recipe.seed: 'one' is not"),
         ("norm", "sometimes", "recipe.norm: 'sometimes' is not"),
+        ("pixel_scale", [0.0], "must be finite numbers, the scale not 0"),
+        ("pixel_zero", [float("nan")], "must be finite numbers"),
         ("cutout", -1, "padding and cutout must be 0 or more pixels, not 4 and -1"),
         ("augment", "none", "cutout goes with augment flip or crop-flip, not none: set it to 0"),
         ("stages", [{"steps": 1}], "missing 2 required positional arguments"),

@@ -5,14 +5,15 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.small import small
-from unitstep import Run, load, train
-from unitstep.files import write_whole
+from unitstep import Run, load, measurement, train
+from unitstep.files import check_writable, write_whole
 from unitstep.runs import locked, open_run
 
 
@@ -150,3 +151,49 @@ def test_provenance_is_recorded(run):
     about = json.loads((run.path / "recipe.json").read_text())
     assert about["versions"]["torch"] == torch.__version__
     assert {"machine", "commit", "precision", "device"} <= about.keys()
+
+
+def test_training_that_goes_on_elsewhere_is_recorded(run):
+    """The stage at T = 1 is trained with another torch than those before it."""
+    assert "continued" not in run.trained
+    about = json.loads((run.path / "recipe.json").read_text())
+    now = about["versions"]
+    (run.path / "recipe.json").write_text(json.dumps(about | {"versions": now | {"torch": "1.0"}}))
+    train(run.recipe, run.path)  # trains nothing
+    assert "continued" not in Run(run.path).trained
+    run.stage_path(2).unlink()
+    for _ in range(2):
+        train(run.recipe, run.path)
+    trained = Run(run.path).trained
+    assert trained["versions"]["torch"] == "1.0"
+    assert [each["versions"] for each in trained["continued"]] == [now]
+
+
+def test_a_stage_is_not_put_under_those_that_began_with_another(run):
+    moved = run.stage_path(0).rename(run.path.parent / "cnn")
+    with pytest.raises(ValueError, match=r"has 1-t2\S+, 2-t1\S+, which began with 0-cnn\S+, and that is not there"):
+        train(run.recipe, run.path)
+    moved.rename(run.stage_path(0))
+    assert len(train(run.recipe, run.path).stages) == 3
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "file")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "file")
+    write_whole(tmp_path / "link", b"content")
+    assert (tmp_path / "new" / "file").read_bytes() == b"content"
+    for path, message in (
+        (tmp_path, "is a folder"),
+        (Path("/dev/null"), "is no ordinary file"),
+        (tmp_path / "link" / "file", "cannot write"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_writable(path)
+
+
+def test_an_evaluation_that_cannot_be_kept_is_not_begun(run, monkeypatch):
+    monkeypatch.setattr(measurement, "load_test", None)
+    (run.path / "measure.json").mkdir()
+    with pytest.raises(ValueError, match=r"measure\.json is a folder"):
+        measurement.measure_run(run)

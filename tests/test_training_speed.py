@@ -57,6 +57,12 @@ def test_what_cannot_be_raced_is_refused_before(wrong, message):
         training_speed.bench_train(**wrong)
 
 
+def test_what_is_no_record_is_not_overwritten(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="no such record: choose another file"):
+        training_speed.bench_train(out=tmp_path / "other.json")
+
+
 @pytest.mark.parametrize("peer", PEERS)
 def test_other_libraries_forget_between_steps(peer):
     step = training_speed.step_of(peer, training_speed.Case("resnet20", 2, 2, "fp32"), 2)

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error (told in one sentence), 2 wrong usage, 3 stopped 
 the same command goes on.
 """
 
+import io
 import os
 import shlex
 import sys
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # where a user's own network may be imported from
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files, and arrows, that its encoding has not
     try:
         with _plain_warnings():
             code = verbs[verb](rest)
@@ -212,7 +215,9 @@ def _train(arguments: list[str]) -> int:
             _say(f"stopped at the time limit; to go on: {again}")
             return 3
         there = "" if recipe.data == run.recipe.data else f" --data {shlex.quote(recipe.data)}"
-        _say(f"{run.path} is done; its accuracy on the test images: unitstep measure {run.path}{there}")
+        _say(
+            f"{run.path} is done; its accuracy on the test images: unitstep measure {shlex.quote(str(run.path))}{there}"
+        )
         return 0
 
     return _call(f"unitstep train {name}", train, options)
@@ -279,7 +284,7 @@ def _convert(arguments: list[str]) -> int:
             f"validation: CNN {made.cnn_accuracy:.2f} %, by conversion alone at T = {steps} {made.accuracy:.2f} %\n"
             f"input currents against thresholds: {picture}\n"
         )
-        _say(f"to train its spiking stages: unitstep train --from {made.run.path}")
+        _say(f"to train its spiking stages: unitstep train --from {shlex.quote(str(made.run.path))}")
         return 0
 
     return _call(f"unitstep convert {net}", convert, options)
@@ -521,10 +526,10 @@ def _bench(arguments: list[str]) -> int:
             out: JSON file for the record.
         """
         from unitstep import benching
-        from unitstep.files import write_json
+        from unitstep.files import check_writable, write_json
 
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)  # before the ten minutes
+            check_writable(out)
         record = benching.bench_deploy(progress=_say)
         sys.stdout.write(benching.table(record))
         if out is not None:
@@ -553,9 +558,10 @@ def _bench(arguments: list[str]) -> int:
             rounds: Turns of each contender, of which the median is taken.
         """
         from unitstep import training_speed
+        from unitstep.files import check_writable
 
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(out)
         record = training_speed.bench_train(
             names=nets, steps=steps, batch=batch, precisions=precisions, threads=threads, rounds=rounds, out=out,
             progress=_say,

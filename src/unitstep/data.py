@@ -8,6 +8,7 @@ one is decoded on the way by worker processes (`Streamed`). Batches are a pure f
 from __future__ import annotations
 
 import copy
+import glob
 import hashlib
 import logging
 import math
@@ -412,7 +413,7 @@ def _open(source: str, size: int, channels: int, augment: str, bad_images: str) 
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (colour), not {channels}")
 
-    if packed.is_packed(folder := Path(os.path.expanduser(source))):
+    if source not in _EMBEDDED and packed.is_packed(folder := Path(os.path.expanduser(source))):
         parts = packed.read(folder)
         if (shape := tuple(parts["train"].images.shape[1:])) != (channels, size, size):
             raise ValueError(
@@ -463,9 +464,14 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
     if not local and (pathlike or folder.is_file()):
         found = "is a file, not a folder" if folder.is_file() else "no such folder"
         raise ValueError(f"{place!r}: {found}. Give a folder of parquet shards or of class folders, or a hub name")
+    if local and "::" in str(folder.resolve()):
+        raise ValueError(f"{place!r} has :: in its name, which means something else to `datasets`: rename the folder")
     options: dict[str, Any] = {"path": str(folder.resolve()) if local else place, "name": config}
     if local and (folder / "train").is_dir():  # literal split names: a class folder may be called train, too
-        options["data_files"] = {n: f"{n}/**" for n in ("train", *_TEST_NAMES) if (folder / n).is_dir()}
+        inside = glob.escape(str(folder.resolve()))
+        options["data_files"] = {n: f"{inside}/{n}/**" for n in ("train", *_TEST_NAMES) if (folder / n).is_dir()}
+    elif local and glob.has_magic(options["path"]):
+        raise ValueError(f"{place!r} has * or [ in its name, which `datasets` takes for a pattern: rename the folder")
     try:
         with _quiet(offline=not local and not _hub_answers()):
             builder = datasets.load_dataset_builder(**options)

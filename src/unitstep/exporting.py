@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from unitstep.calibration import Activity, record, watching
 from unitstep.conversion import Spiking
 from unitstep.data import Split
-from unitstep.files import write_whole
+from unitstep.files import check_writable, write_whole
 from unitstep.fusing import Fire, module_of, per_channel, refuse_hooks
 from unitstep.neuron import LIF, check_steps, membranes
 from unitstep.qdq import LOGITS, integer_model
@@ -95,6 +95,7 @@ def to_onnx(
     Otherwise, and if an operation has no form in ONNX, raises ValueError.
     """
     check_steps(steps)
+    check_writable(Path(path))
     form = form or ("int8" if steps == 1 else "float")
     if form not in ("int8", "float"):
         raise ValueError(f'form must be "int8" or "float", not {form!r}')
@@ -177,7 +178,10 @@ def onnx_of(net: nn.Module, images: Tensor, outputs: Sequence[str] = (LOGITS,)) 
         except Exception as error:  # of many kinds
             raise ValueError(f"PyTorch cannot export this network to ONNX: {first_line(error)}") from error
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    for each in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        del each.metadata_props[:]  # source lines, with the folders where they are
+    return model
 
 
 def _compare(

@@ -4,6 +4,7 @@ them in safetensors. Knows nothing of what they mean."""
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,21 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 
+def check_writable(path: Path) -> None:
+    """ValueError, before the work and not after it, if no file can be written at `path`; its folder is made."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}: name a file to be written")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. OSError, with the old file untouched, if that fails."""
+    path = path.resolve()  # the file that a link leads to
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:

@@ -141,6 +141,7 @@ def train(
     with locked(run.path), _sigint() as interrupted:
         for path in (run.state_path, *map(run.stage_path, range(len(recipe.stages)))):
             remove_unfinished(path)
+        run.check_order()
         train_split, val_split = load_train(
             recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
         )
@@ -150,6 +151,8 @@ def train(
         elif cnn is not None:
             _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), val_split, where)
         run.check_images(train_split.classes, len(train_split))
+        if len(run.stages) < len(recipe.stages):
+            run.goes_on(device=where.type)
 
         def stop() -> bool:
             return interrupted.is_set() or time.monotonic() > limit
@@ -157,19 +160,19 @@ def train(
         reference: float | None = None
         for index, stage in enumerate(recipe.stages):
             if not run.stage_path(index).exists():
-                fit = _Fit(
-                    run, index, train_split, val_split, where, amp, progress or (lambda _: None), compile != "off"
-                )
-                with compiled(_pays(compile, fit.net, stage, train_split, where)):
-                    try:
+                try:
+                    fit = _Fit(
+                        run, index, train_split, val_split, where, amp, progress or (lambda _: None), compile != "off"
+                    )
+                    with compiled(_pays(compile, fit.net, stage, train_split, where)):
                         finished = fit.climb(stop)
-                    except torch.OutOfMemoryError as error:
-                        raise ValueError(
-                            f"stage {stage.name} does not fit into the memory of the GPU. In a new folder (--cnn "
-                            f"{run.path} takes a finished CNN over), what takes less: a batch in more parts "
-                            f"(--stages.{index}.accumulate, now {stage.accumulate}), a smaller --stages.{index}.batch, "
-                            f"or, at several timesteps, --stages.{index}.recompute"
-                        ) from error
+                except torch.OutOfMemoryError as error:
+                    raise ValueError(
+                        f"stage {stage.name} does not fit into the memory of the GPU. In a new folder (--cnn "
+                        f"{run.path} takes a finished CNN over), what takes less: a batch in more parts "
+                        f"(--stages.{index}.accumulate, now {stage.accumulate}), a smaller --stages.{index}.batch, "
+                        f"fewer --calibration-images, or, at several timesteps, --stages.{index}.recompute"
+                    ) from error
                 del fit.replayed, fit  # which hold each other, and the GPU's memory
                 if not finished or (index + 1 < len(recipe.stages) and stop()):
                     if interrupted.is_set():
@@ -248,6 +251,7 @@ def convert(
         raise ValueError("the recipe has no spiking stage to convert for")
     if not recipe.data:
         raise ValueError("images are needed to find thresholds and to train on: give --data FOLDER_OR_HUB_NAME")
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], epochs=0), *recipe.stages[1:]))  # it is not trained
     split, val = load_train(
         recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
     )

@@ -19,7 +19,7 @@ from unitstep.conversion import Spiking, trace
 from unitstep.curves import conversion_alone
 from unitstep.data import Split, load_test
 from unitstep.evaluation import batch_size, choose_device, forward, ieee
-from unitstep.files import read_json, write_json
+from unitstep.files import check_writable, read_json, write_json
 from unitstep.fusing import fuse, per_channel
 from unitstep.neuron import LIF, compiled, compiler_available, membranes
 from unitstep.operations import Layer, Operation, of_rows, operations
@@ -283,6 +283,7 @@ def measure_run(
     finished = run.stages
     if not finished:
         raise ValueError(f"{run.path} has no finished stage to measure: unitstep train goes on with it")
+    check_writable(run.path / "measure.json")
     test = load_test(data or r.data, size=r.size, channels=r.channels, augment=r.augment, bad_images=bad_images)
     run.check_images(test.classes)
     first, _ = next(test.batches(64))

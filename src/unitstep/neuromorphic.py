@@ -73,7 +73,8 @@ class _Writer:
             if behind.intersection(node.all_input_nodes):
                 behind.add(node)
                 continue
-            if node.op == "placeholder" or isinstance(module, Normalize):
+            first = isinstance(module, Normalize) and node.all_input_nodes[0].op == "placeholder"
+            if node.op == "placeholder" or first:  # the graph takes what is normalised
                 self.nodes[INPUT] = self.nir.Input({"input": _shape(node)})
                 self.names[node] = INPUT
             elif node.op == "output":

@@ -140,8 +140,6 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         def number(source: fx.Node) -> Any:
             return self.spikes[source].number if source in self.spikes else self.env[source]
 
-        if node.target == "detach":  # which would cut off the way to the sources
-            return number(node.all_input_nodes[0])
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), number)
         return getattr(self, node.op)(node.target, args, kwargs)
 

@@ -197,6 +197,11 @@ class Recipe:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
         # what calibration would refuse, but after the CNN has been trained
         check_percentile(self.percentile)
+        if not all(map(math.isfinite, (*self.pixel_zero, *self.pixel_scale))) or 0 in self.pixel_scale:
+            raise ValueError(
+                f"pixel_zero and pixel_scale must be finite numbers, the scale not 0, not {self.pixel_zero} and "
+                f"{self.pixel_scale}"
+            )
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be greater than 0, not {self.scale}")
         if not 0 <= self.initial < 1:

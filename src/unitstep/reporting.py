@@ -172,8 +172,8 @@ def _markdown(sections: list[dict[str, Any]]) -> str:
 def _provenance(group: Group) -> list[tuple[str, str]]:
     found, trained = group.first, group.first["trained"]
     recipe = group.runs[0].recipe
-    machine = trained["machine"] or {}
-    where = f"{hardware(machine, trained.get('device'))}, {trained['precision']}"
+    places = [hardware(each["machine"] or {}, each.get("device")) for each in (trained, *trained.get("continued", []))]
+    where = f"{', then '.join(dict.fromkeys(places))}, {trained['precision']}"
     versions = ", ".join(f"{name} {number}" for name, number in (trained["versions"] or {}).items())
     epochs = ", ".join(f"{name_of(stage.steps)} {stage.epochs:g}" for stage in recipe.stages)
 

@@ -52,7 +52,8 @@ class Run:
     damaged.
 
     recipe: the `Recipe` it was made by.  stages: the finished ones, in order.  trained: precision, device,
-    versions, machine and commit that it was begun with.  measurement: the content of measure.json, or None.
+    versions, machine and commit that it was begun with, and with what it was `continued`, if that is not the same.
+    measurement: the content of measure.json, or None.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -76,7 +77,16 @@ class Run:
 
     @property
     def trained(self) -> dict[str, Any]:
-        return {key: self.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")}
+        begun = {key: self.about.get(key) for key in ("precision", "device", "versions", "machine", "commit")}
+        return begun | ({"continued": self.about["continued"]} if "continued" in self.about else {})
+
+    def goes_on(self, *, device: str) -> None:
+        """Note in recipe.json where training goes on, if that is on another device or machine, with other versions or
+        at another commit."""
+        now, before = {"device": device, **provenance()}, [self.trained, *self.about.get("continued", [])]
+        if not any(now.items() <= known.items() for known in before):
+            self.about["continued"] = [*before[1:], now]
+            write_json(self.path / "recipe.json", self.about)
 
     @property
     def measurement(self) -> dict[str, Any] | None:
@@ -131,6 +141,17 @@ class Run:
     def state_index(self) -> int | None:
         """Index of the stage that was interrupted, or None."""
         return int(read_about(self.state_path).get("index", -1)) if self.state_path.exists() else None
+
+    def check_order(self) -> None:
+        """ValueError if a finished stage is there whose start, the stage above it, is not."""
+        there = [self.stage_path(index).exists() for index in range(len(self.recipe.stages))]
+        if there != sorted(there, reverse=True):
+            missing = there.index(False)
+            later = [self.stage_path(index).name for index in range(missing, len(there)) if there[index]]
+            raise ValueError(
+                f"{self.path} has {', '.join(later)}, which began with {self.stage_path(missing).name}, and that "
+                "is not there: put it back, or move those away too"
+            )
 
     def check_images(self, classes: tuple[str, ...], number: int | None = None) -> None:
         """ValueError if what is here was trained on images of other classes, or on another number of them where the

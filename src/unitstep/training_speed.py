@@ -72,8 +72,10 @@ def bench_train(
         raise ValueError("steps, batch, threads and rounds must be 1 or more")
     about = {**provenance(), "versions": dict(installed(LIBRARIES))}
     before = read_json(out) if out and out.exists() else {"speeds": [], **about}
-    if (before["versions"], before["machine"]["cpu"]) != (about["versions"], about["machine"]["cpu"]):
-        raise ValueError(f"{out} was begun on another machine or with other versions: choose another file")
+    if (before.get("versions"), before.get("machine", {}).get("cpu")) != (about["versions"], about["machine"]["cpu"]):
+        raise ValueError(
+            f"{out} was begun on another machine or with other versions, or is no such record: choose another file"
+        )
     rows: list[dict[str, Any]] = before["speeds"]
     for net, precision, T in itertools.product(names, precisions, steps):
         case = Case(net, T, batch, precision)
