@@ -18,7 +18,7 @@ from unitstep.compact import MODELS, load_compact, save_compact
 from unitstep.data import load_test, load_train
 from unitstep.exporting import describe, to_onnx
 from unitstep.files import write_whole
-from unitstep.groups import hardware
+from unitstep.groups import trained_on
 from unitstep.measurement import Measurement, measure, wilson
 from unitstep.recipes import RECIPES, Recipe, recipe_from_dict, without_folder
 from unitstep.running import open_model
@@ -36,7 +36,7 @@ A spiking network that needs one timestep: `unitstep.pretrained("{name}")`.
 | accuracy | {accuracy:.2f} % of the {images:,} test images (95 %: {low:.2f}–{high:.2f}), in ONNX Runtime |
 | as measured after training | {before:.2f} %; {val:.2f} % of the validation images{chosen} |
 | spikes | {rate:.3f} per neuron and image; {spikes:,.0f} per image in {neurons:,} neurons |
-| trained | recipe `{recipe}`, network `{net}`, seed {seed}; {seconds:.0f} s on {where}, {precision} |
+| trained | recipe `{recipe}`, network `{net}`, seed {seed}; {seconds:.0f} s on {where} |
 | by | commit {commit}, torch {torch} |
 | `{name}-int8.onnx` | {onnx_bytes:,} bytes; integers from the pixels to the last spikes |
 | `{name}.safetensors` | {bytes:,} bytes; the same weights; thresholds, leaks and batch norms in fp32 |
@@ -60,7 +60,7 @@ def card(name: str, of_run: dict[str, Any], found: Measurement, right: int) -> s
         chosen=", on which it was chosen" if r.stages[-1].keep == "best" else "",
         before=last["test_accuracy"], val=last["val_accuracy"], rate=rate, spikes=rate * neurons, neurons=neurons,
         recipe=_shipped_as(r), net=r.net, seed=r.seed, seconds=sum(stage["seconds"] for stage in of_run["stages"]),
-        where=hardware(trained["machine"], trained["device"]), precision=trained["precision"],
+        where=trained_on(trained),
         commit=trained["commit"], torch=trained["versions"]["torch"],
         bytes=(MODELS / f"{name}.safetensors").stat().st_size,
     )  # fmt: skip

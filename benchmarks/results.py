@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RECORDS, mean_cell, table
-from unitstep.groups import hardware
+from unitstep.groups import trained_on
 from unitstep.tables import PAPER, PAPER_STEPS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -93,8 +93,7 @@ def _line(name: str, found: dict[str, Any]) -> str:
     epochs = ", ".join(f"{stage['epochs']:g}" for stage in run["recipe"]["stages"])
     minutes = sum(stage["seconds"]["mean"] for stage in stages) / 60
     trained = run["trained"]
-    where = hardware(trained["machine"], trained["device"])
-    where = f"{where}, {trained['precision']}, torch {trained['versions']['torch']}"
+    where = f"{trained_on(trained)}, torch {trained['versions']['torch']}"
     commits = ", ".join(dict.fromkeys(run["trained"]["commit"] or "" for run in found["runs"]))
     cells = [name, str(found["n"]), run["recipe"]["net"], mean_cell(stages[0]["test_accuracy"], 2), at_one]
     cells += [mean_cell(last["spikes_per_neuron"], 3), epochs, f"{minutes:.0f}", where, commits]

@@ -702,6 +702,15 @@ def _viewed_and_changed_again(net: nn.Module, x: Tensor) -> Tensor:
     return net.c(y.view(x.size(0), 4, 8, 8))
 
 
+def _accumulated(net: nn.Module, x: Tensor) -> Tensor:
+    """0 + x is another tensor, which changes; x does not."""
+    x = net.c(F.relu(net.a(x)))
+    y: Any = 0
+    y += x
+    y += F.relu(x)
+    return y + net.b(F.relu(x))
+
+
 def _read_size_afterwards(net: nn.Module, x: Tensor) -> Tensor:
     x = net.a(x)
     y = F.relu(x.flatten(1), inplace=True)
@@ -727,7 +736,7 @@ class InPlace(nn.Module):
 
 MUST_CONVERT = [
     _discarded_module, _pre_activation, _discarded_call, _augmented_add, _augmented_mul, _augmented_size, _the_images,
-    _chain, _viewed_afterwards, _read_size_afterwards,
+    _chain, _viewed_afterwards, _read_size_afterwards, _accumulated,
 ]  # fmt: skip
 MAY_BE_REFUSED = [
     _torch_clamp_min_, _view_changed, _view_of_changed, _viewed_and_changed_again, _through_stochastic_depth, _abs_,

@@ -241,7 +241,7 @@ def test_calibration_is_in_fp32_whatever_the_network_is_in():
     torch.manual_seed(0)
     cnn = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 2)).eval()
     with torch.no_grad():
-        cnn[0].weight *= 600  # squares of its currents are no numbers of fp16
+        cnn[0].weight *= 3000  # squares of its currents are no numbers of fp16
     full, half = (
         to_spiking(net, images, steps=4, thresholds="mse").report["_1"].threshold
         for net, images in ((cnn, IMAGES), (copy.deepcopy(cnn).half(), IMAGES.half()))

@@ -442,7 +442,7 @@ class Lists(nn.Module):
 @pytest.mark.parametrize(
     ("cnn", "options", "message"),
     [
-        (Lists(), {}, "keep modules in nn.ModuleList, not in a list"),
+        (Lists(), {}, "make modules in __init__, several in an nn.ModuleList"),
         (torch.optim.swa_utils.AveragedModel(nn.ReLU()), {}, r"AveragedModel is a wrapper: .* network.module"),
         (Makes(), {"leaf_modules": "body"}, r"leaf_modules is a tuple of names or classes: \('body',\)"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.ReLU()), {}, "put an nn.BatchNorm2d"),

@@ -412,6 +412,7 @@ def test_kinds_of_image() -> None:
         pixel(Image.new("F", (4, 4), 0.5), 1, "TIFF")
     with pytest.raises(ValueError, match="8 or 16 bits"):
         pixel(Image.fromarray(np.full((4, 4), 255, np.int32)), 1, "TIFF")
+    assert pixel(Image.fromarray(np.full((4, 4), 200, np.uint16)), 1, "PPM") == [1]
 
 
 def test_orientation_is_applied() -> None:
@@ -470,7 +471,7 @@ def test_a_folder_whose_name_is_a_pattern_is_itself(tmp_path: Path) -> None:
     assert next(load_test(str(tmp_path / "set[1]"), **SMALL).batches(6))[0].max() == 0
     (tmp_path / "other[1]").mkdir()
     (tmp_path / "a::b").mkdir()
-    for folder, reason in ((tmp_path / "other[1]", r"has \* or \["), (tmp_path / "a::b", "has ::")):
+    for folder, reason in ((tmp_path / "other[1]", r"has \*, \? or \["), (tmp_path / "a::b", "has ::")):
         with pytest.raises(ValueError, match=f"{reason} in its name"):
             load_test(str(folder), **SMALL)
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tests.small import small
 from unitstep import Run, load, measurement, train
 from unitstep.files import check_writable, write_whole
+from unitstep.groups import trained_on
 from unitstep.runs import locked, open_run
 
 
@@ -167,6 +168,10 @@ def test_training_that_goes_on_elsewhere_is_recorded(run):
     trained = Run(run.path).trained
     assert trained["versions"]["torch"] == "1.0"
     assert [each["versions"] for each in trained["continued"]] == [now]
+    elsewhere = trained["continued"][0] | {"machine": {"cpu": "Z80", "threads": 1}, "device": "cpu"}
+    here = trained_on({key: value for key, value in trained.items() if key != "continued"})
+    assert trained_on(trained) == here
+    assert trained_on(trained | {"continued": [elsewhere]}) == here.replace(", fp32", ", then Z80, 1 threads, fp32")
 
 
 def test_a_stage_is_not_put_under_those_that_began_with_another(run):
@@ -181,6 +186,9 @@ def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path):
     check_writable(tmp_path / "new" / "file")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "link").symlink_to(tmp_path / "new" / "file")
+    (tmp_path / "loose").symlink_to(tmp_path / "newer" / "file")
+    check_writable(tmp_path / "loose")
+    write_whole(tmp_path / "loose", b"content")
     write_whole(tmp_path / "link", b"content")
     assert (tmp_path / "new" / "file").read_bytes() == b"content"
     for path, message in (

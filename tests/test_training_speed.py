@@ -8,6 +8,7 @@ import pytest
 
 from unitstep import training_speed
 from unitstep.peers import PEERS
+from unitstep.runs import provenance
 
 pytest.importorskip("snntorch", reason="bench train needs snntorch (the bench extra)")
 pytest.importorskip("spikingjelly", reason="bench train needs spikingjelly, installed with --no-deps")
@@ -57,8 +58,15 @@ def test_what_cannot_be_raced_is_refused_before(wrong, message):
         training_speed.bench_train(**wrong)
 
 
-def test_what_is_no_record_is_not_overwritten(tmp_path):
-    (tmp_path / "other.json").write_text("{}")
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: "{}",
+        lambda: json.dumps(provenance() | {"versions": dict(training_speed.installed(training_speed.LIBRARIES))}),
+    ],
+)
+def test_what_is_no_record_is_not_overwritten(content, tmp_path):
+    (tmp_path / "other.json").write_text(content())
     with pytest.raises(ValueError, match="no such record: choose another file"):
         training_speed.bench_train(out=tmp_path / "other.json")
 

@@ -203,7 +203,7 @@ def sampled(x: Tensor) -> Tensor:
 
 def _least_squares(currents: Iterator[Tensor], steps: int, initial: float, cap: float | None) -> Tensor:
     """The threshold whose response over `steps` to the mean current is nearest to ReLU, or to the capped ReLU."""
-    sums = [(window.to(torch.promote_types(window.dtype, torch.float32)).sum(0), len(window)) for window in currents]
+    sums = [(window.sum(0, dtype=torch.promote_types(window.dtype, torch.float32)), len(window)) for window in currents]
     x = (torch.stack([total for total, _ in sums]).sum(0) / sum(length for _, length in sums)).flatten()
     x = sampled(x)
     top = x.max() if cap is None else x.max().clamp(max=cap)

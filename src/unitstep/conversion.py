@@ -285,11 +285,7 @@ def _bounds(node: fx.Node, module: nn.Module | None) -> tuple[Any, Any] | None:
 
 
 class _Proxy(fx.Proxy):  # type: ignore[misc,unused-ignore]
-    """Augmented assignment changes a tensor in place; a plain Proxy traces it as if it made a new one. And `sum` of
-    several tensors starts from 0, which adds nothing."""
-
-    def __radd__(self, other: Any) -> fx.Proxy:
-        return self if type(other) is int and other == 0 else super().__radd__(other)  # type: ignore[misc]
+    """Augmented assignment changes a tensor in place; a plain Proxy traces it as if it made a new one."""
 
 
 def _noted(function: Any) -> Any:
@@ -384,6 +380,10 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
         if node.target is torch._assert:
             graph.erase_node(node)
     _out_of_place(net, graph)
+    for node in graph.find_nodes(op="call_function", target=operator.add):
+        if type(node.args[0]) is int and node.args[0] == 0:  # with which `sum` of several tensors begins
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
     for node in graph.nodes:  # the same for values that do not lie in memory as they are read, as in channels_last
         views = (node.op, node.target) == ("call_method", "view")
         if views and not isinstance(argument(node, "dtype", 1), torch.dtype):
@@ -410,7 +410,8 @@ def _untraceable(cnn: nn.Module, error: Exception, path: str) -> str:
         where = f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}: `{frames[-1].line}`"
     problem = f"{type(cnn).__name__} cannot be traced{where} ({first_line(error)})"
     if isinstance(error, NameError) and "not a member" in str(error):
-        return f"{problem}. It does not know these weights as its own: keep modules in nn.ModuleList, not in a list"
+        way_out = "make modules in __init__, several in an nn.ModuleList"
+        return f"{problem}. It does not know these weights as its own: {way_out}"
     way_out = "write that line so that it does not, or "
     if path in ("", "cnn"):  # the whole network; "cnn" is what a run calls a user's
         way_out += "put it into a module of its own, which can be kept as it is, unconverted: leaf_modules=(its name,)"

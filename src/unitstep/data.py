@@ -471,7 +471,9 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
         inside = glob.escape(str(folder.resolve()))
         options["data_files"] = {n: f"{inside}/{n}/**" for n in ("train", *_TEST_NAMES) if (folder / n).is_dir()}
     elif local and glob.has_magic(options["path"]):
-        raise ValueError(f"{place!r} has * or [ in its name, which `datasets` takes for a pattern: rename the folder")
+        raise ValueError(
+            f"{place!r} has *, ? or [ in its name, which `datasets` takes for a pattern: rename the folder"
+        )
     try:
         with _quiet(offline=not local and not _hub_answers()):
             builder = datasets.load_dataset_builder(**options)

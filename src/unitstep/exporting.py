@@ -95,7 +95,6 @@ def to_onnx(
     Otherwise, and if an operation has no form in ONNX, raises ValueError.
     """
     check_steps(steps)
-    check_writable(Path(path))
     form = form or ("int8" if steps == 1 else "float")
     if form not in ("int8", "float"):
         raise ValueError(f'form must be "int8" or "float", not {form!r}')
@@ -110,6 +109,7 @@ def to_onnx(
         raise ValueError(f"{len(images)} images and {0 if labels is None else len(labels)} labels: give some, as many")
     if LOGITS in snn.lifs:
         raise ValueError(f"neurons are called {LOGITS}, as the file's output is: give that ReLU another name")
+    check_writable(Path(path))
     refuse_hooks(snn)  # before it is copied, which what hooks have computed does not allow
     snn, images, labels = copy.deepcopy(snn).eval().cpu(), images.cpu(), None if labels is None else labels.cpu()
     fused = snn.fuse(images, steps)
@@ -140,7 +140,6 @@ def to_onnx(
     told |= {"accuracy": parity.file_accuracy, "accuracy_images": parity.images}
     onnx.helper.set_model_props(model, {KEY: json.dumps(told)})
     del model.graph.output[1:]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(path), model.SerializeToString())
     return parity
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 def check_writable(path: Path) -> None:
     """ValueError, before the work and not after it, if no file can be written at `path`; its folder is made."""
+    path = path.resolve()  # as `write_whole`
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}: name a file to be written")
     try:

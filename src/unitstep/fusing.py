@@ -24,7 +24,6 @@ from unitstep.neuron import LIF, SharedDropout, check_steps, membranes, read_out
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 CATS: tuple[Any, ...] = (torch.cat, torch.concat, torch.concatenate)
-HANDED_ON: tuple[Any, ...] = (torch.clone, "clone", "contiguous", "detach")  # the same values
 AVERAGE = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 MAXIMUM = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 POOL_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {  # the equal module, and arguments in order
@@ -151,7 +150,7 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
     graph.output(graph.graph_copy(snn.graph, numbers))
     for node in list(graph.nodes):
         module = module_of(snn, node)
-        nothing = isinstance(module, SharedDropout | nn.Identity) or node.target in HANDED_ON
+        nothing = isinstance(module, SharedDropout | nn.Identity) or (node.op, node.target) == ("call_method", "detach")
         if nothing or (steps == 1 and node.target in (repeat, read_out)):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)

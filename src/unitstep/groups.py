@@ -111,6 +111,12 @@ def hardware(machine: dict[str, Any], device: str | None) -> str:
     return gpu or f"{machine.get('cpu')}, {machine.get('threads')} threads"
 
 
+def trained_on(trained: dict[str, Any]) -> str:
+    """What a run was trained on, one after the other, and in which precision."""
+    places = [hardware(each["machine"] or {}, each.get("device")) for each in (trained, *trained.get("continued", []))]
+    return f"{', then '.join(dict.fromkeys(places))}, {trained['precision']}"
+
+
 def cell(value: float | None, digits: int, spread: float | None = None) -> str:
     if value is None:
         return ""

@@ -151,8 +151,6 @@ def train(
         elif cnn is not None:
             _take_cnn(run, cnn if isinstance(cnn, Run) else Run(cnn), val_split, where)
         run.check_images(train_split.classes, len(train_split))
-        if len(run.stages) < len(recipe.stages):
-            run.goes_on(device=where.type)
 
         def stop() -> bool:
             return interrupted.is_set() or time.monotonic() > limit
@@ -160,6 +158,7 @@ def train(
         reference: float | None = None
         for index, stage in enumerate(recipe.stages):
             if not run.stage_path(index).exists():
+                run.goes_on(device=where.type)
                 try:
                     fit = _Fit(
                         run, index, train_split, val_split, where, amp, progress or (lambda _: None), compile != "off"
@@ -251,7 +250,6 @@ def convert(
         raise ValueError("the recipe has no spiking stage to convert for")
     if not recipe.data:
         raise ValueError("images are needed to find thresholds and to train on: give --data FOLDER_OR_HUB_NAME")
-    recipe = replace(recipe, stages=(replace(recipe.stages[0], epochs=0), *recipe.stages[1:]))  # it is not trained
     split, val = load_train(
         recipe.data, size=recipe.size, channels=recipe.channels, augment=recipe.augment, bad_images=bad_images
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from unitstep.conversion import Spiking
-from unitstep.files import write_whole
+from unitstep.files import check_writable, write_whole
 from unitstep.fusing import Fire, Scale, kind_of, module_of, per_channel, sums_channels, values
 from unitstep.nets import Normalize
 from unitstep.quantizing import divides_by_window, flattens, pair
@@ -46,12 +46,12 @@ def to_nir(
         import nir
     except ImportError as error:
         raise ValueError("nir is not installed here: pip install nir") from error
+    check_writable(Path(path))
     net = snn.fuse(images).cpu()
     writer = _Writer(net, nir, pools == "sum")
     graph = writer.run()
     content = io.BytesIO()
     nir.write(content, graph)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(path), content.getvalue())
     return graph
 

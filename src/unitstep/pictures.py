@@ -17,7 +17,8 @@ def decode(source: str | Path | bytes, channels: int) -> Image.Image:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
         image: Image.Image = opened
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() <= 255):  # above that: 16 bits in 32
+        wide = image.mode == "I" and opened.format != "PPM"  # which Pillow opens so if it has 16 bits
+        if image.mode == "F" or (wide and np.asarray(image).max() <= 255):  # above that it is 16 bits in 32
             raise ValueError("pixels of 32 bits have no agreed range: save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))

@@ -16,7 +16,7 @@ from PIL import Image
 from unitstep import energy
 from unitstep.figures import energies, figures_of, latency, over_steps
 from unitstep.files import write_whole
-from unitstep.groups import Group, cell, hardware, name_of, of_steps, read_groups
+from unitstep.groups import Group, cell, name_of, of_steps, read_groups, trained_on
 from unitstep.runs import Run
 from unitstep.tables import tables_of
 
@@ -172,8 +172,6 @@ def _markdown(sections: list[dict[str, Any]]) -> str:
 def _provenance(group: Group) -> list[tuple[str, str]]:
     found, trained = group.first, group.first["trained"]
     recipe = group.runs[0].recipe
-    places = [hardware(each["machine"] or {}, each.get("device")) for each in (trained, *trained.get("continued", []))]
-    where = f"{', then '.join(dict.fromkeys(places))}, {trained['precision']}"
     versions = ", ".join(f"{name} {number}" for name, number in (trained["versions"] or {}).items())
     epochs = ", ".join(f"{name_of(stage.steps)} {stage.epochs:g}" for stage in recipe.stages)
 
@@ -183,7 +181,8 @@ def _provenance(group: Group) -> list[tuple[str, str]]:
     return [
         ("recipe", recipe.name), ("network", recipe.net), ("images", Path(found["data"]["source"]).name),
         ("epochs", epochs),
-        ("seeds", ", ".join(str(run.recipe.seed) for run in group.runs)), ("trained on", where), ("versions", versions),
+        ("seeds", ", ".join(str(run.recipe.seed) for run in group.runs)),
+        ("trained on", trained_on(trained)), ("versions", versions),
         ("commit", each(found["trained"]["commit"] for found in group.measured)),
         ("measured with commit", each(found["commit"] for found in group.measured)),
         ("folders", ", ".join(run.path.name for run in group.runs)),

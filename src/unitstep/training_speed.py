@@ -72,7 +72,8 @@ def bench_train(
         raise ValueError("steps, batch, threads and rounds must be 1 or more")
     about = {**provenance(), "versions": dict(installed(LIBRARIES))}
     before = read_json(out) if out and out.exists() else {"speeds": [], **about}
-    if (before.get("versions"), before.get("machine", {}).get("cpu")) != (about["versions"], about["machine"]["cpu"]):
+    begun = before.get("versions"), before.get("machine", {}).get("cpu")
+    if begun != (about["versions"], about["machine"]["cpu"]) or "speeds" not in before:
         raise ValueError(
             f"{out} was begun on another machine or with other versions, or is no such record: choose another file"
         )
