@@ -739,8 +739,8 @@ class _Conversion:
             terms = (*node.args, node.kwargs.get("other"))
             numbers = what in ADDITIONS and any(isinstance(term, int | float) for term in terms)
             counts = "integer" if kinds == "binary" and what in ADDITIONS else kinds
-            self.values[node] = ANALOG if constant or numbers else counts
             homogeneous = not constant and not numbers
+            self.values[node] = counts if homogeneous else ANALOG
         elif len(inputs) > 1 or (what in SCALINGS and sum(arg in inputs for arg in arguments) > 1):  # also x * x
             product = what in SCALINGS or what in (torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm")
             why = "multiplies activations, as squeeze-and-excitation and attention do, which spikes cannot"
@@ -752,14 +752,15 @@ class _Conversion:
         elif getattr(module, "return_indices", False):
             return self._refuse(node, "it returns indices, which spikes do not have: leave return_indices out")
         elif rule is None or (module is None and first not in inputs):
-            own = what in OWN_STATISTICS_FUNCTIONS or isinstance(module, OWN_STATISTICS)
-            why = "normalises each image by its own statistics, which no spike knows: use batch norm"
-            if isinstance(module, nn.SyncBatchNorm):
-                why, own = "it is for training on several GPUs: put an nn.BatchNorm2d with its state dict there", True
-            generic = (
-                "it has no spiking form here: use ReLU, pooling, batch norm, addition or concatenation in its place"
+            why = (
+                "it has no spiking form here: use ReLU, pooling, batch norm, addition or concatenation in its place, "
+                "or keep a module whole by leaf_modules"
             )
-            return self._refuse(node, why if own else f"{generic}, or keep a module whole by leaf_modules")
+            if isinstance(module, nn.SyncBatchNorm):
+                why = "it is for training on several GPUs: put an nn.BatchNorm2d with its state dict there"
+            elif what in OWN_STATISTICS_FUNCTIONS or isinstance(module, OWN_STATISTICS):
+                why = "normalises each image by its own statistics, which no spike knows: use batch norm"
+            return self._refuse(node, why)
         else:
             counts = "integer" if kinds == "binary" else kinds
             self.values[node] = {SAME: kinds, COUNTS: counts, ANALOG: ANALOG}[rule]

@@ -464,13 +464,15 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
     if not local and (pathlike or folder.is_file()):
         found = "is a file, not a folder" if folder.is_file() else "no such folder"
         raise ValueError(f"{place!r}: {found}. Give a folder of parquet shards or of class folders, or a hub name")
-    if local and "::" in str(folder.resolve()):
+    path = str(folder.resolve()) if local else place
+    if local and "::" in path:
         raise ValueError(f"{place!r} has :: in its name, which means something else to `datasets`: rename the folder")
-    options: dict[str, Any] = {"path": str(folder.resolve()) if local else place, "name": config}
+    options: dict[str, Any] = {"path": path, "name": config}
     if local and (folder / "train").is_dir():  # literal split names: a class folder may be called train, too
-        inside = glob.escape(str(folder.resolve()))
-        options["data_files"] = {n: f"{inside}/{n}/**" for n in ("train", *_TEST_NAMES) if (folder / n).is_dir()}
-    elif local and glob.has_magic(options["path"]):
+        options["data_files"] = {
+            n: f"{glob.escape(path)}/{n}/**" for n in ("train", *_TEST_NAMES) if (folder / n).is_dir()
+        }
+    elif local and glob.has_magic(path):
         raise ValueError(
             f"{place!r} has *, ? or [ in its name, which `datasets` takes for a pattern: rename the folder"
         )

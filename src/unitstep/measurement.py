@@ -166,14 +166,13 @@ def _checked(data: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches that are not empty. ValueError if one is not of images and labels."""
     for batch in data:
         pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(each, Tensor) for each in batch)
-        images, labels = batch if pair else (torch.zeros(0), torch.zeros(0))
-        if not pair or labels.shape != images.shape[:1] or (labels < 0).any():
+        if not pair or batch[1].shape != batch[0].shape[:1] or (batch[1] < 0).any():
             raise ValueError(
                 "data must be batches of (images [B, C, H, W], labels [B]), the labels whole numbers from 0 on; a "
                 "torch.utils.data.DataLoader makes them of a Dataset"
             )
-        if len(labels):
-            yield images, labels
+        if len(batch[0]):
+            yield batch[0], batch[1]
 
 
 def _operations(net: nn.Module, image: Tensor) -> tuple[Operation, ...]:

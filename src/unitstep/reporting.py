@@ -15,7 +15,7 @@ from PIL import Image
 
 from unitstep import energy
 from unitstep.figures import energies, figures_of, latency, over_steps
-from unitstep.files import write_whole
+from unitstep.files import check_writable, write_whole
 from unitstep.groups import Group, cell, name_of, of_steps, read_groups, trained_on
 from unitstep.runs import Run
 from unitstep.tables import tables_of
@@ -45,7 +45,7 @@ def report(
     models = energy.MODELS | ({"own": energy.own(*pj)} if pj else {})
     sections = [_section(group, models) for group in groups]
     text = _html(groups, sections) if format == "html" else _markdown(sections)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
     write_whole(out, text.encode())
     return out
 
