@@ -32,7 +32,7 @@ test: .venv/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 # --no-deps: only torch itself is looked up on the extra index. Few retries: an unreachable index costs seconds.
 .venv/.torch: constraints.txt

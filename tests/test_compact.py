@@ -65,7 +65,7 @@ def test_a_stage_of_a_run_is_not_a_compact_network(unbroken):
 def test_the_list_of_gpu_runs(tmp_path: Path, monkeypatch, capsys):
     """As on a GPU, with a small run and a processor: stopped at the time limit, gone on, kept."""
     pack("fashion-mini", tmp_path / "data", size=28, channels=1)
-    monkeypatch.setattr(gpu, "RUNS", {"small": small(1)})
+    monkeypatch.setattr(gpu, "RUNS", {"small": small(1, data="fashion-mini")})
     monkeypatch.setattr(gpu, "PART_BYTES", 10_000)
     arguments = ["gpu.py", "--data", tmp_path / "data", "--work", tmp_path / "work", "--out", tmp_path / "out"]
     for more in (["--minutes", "0.0001"], [], ["--weights", "small", "small"]):

@@ -184,7 +184,7 @@ def asked(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("optimizer", ["nesterov", "adam-amsgrad"])
+@pytest.mark.parametrize("optimizer", ["nesterov", "adam-amsgrad", "muon"])
 def test_the_optimisers_memory_is_resumed(unbroken, tmp_path, optimizer):
     last = replace(small(1).stages[1], optimizer=optimizer, weight_decay=5e-4, lr=1e-3)
     mine = small(stages=(small().stages[0], last))

@@ -56,7 +56,7 @@ def recipe_for(folder: Path, optimizer: str) -> Recipe:
     return replace(recipe("fashion-mini"), data=str(folder / "data"), stages=tuple(stages), dropout=0.2, whiten=True)
 
 
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adam-amsgrad"])
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adam-amsgrad", "muon"])
 def test_training_is_the_same_replayed_and_not_and_resumed(
     tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

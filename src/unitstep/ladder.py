@@ -24,13 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from unitstep.calibration import calibrate_, record, to_spiking, watching
 from unitstep.conversion import Spiking
 from unitstep.data import Split, load_train, mix
 from unitstep.evaluation import accuracy, choose_device, forward
 from unitstep.files import remove_unfinished, write_json
-from unitstep.fusing import per_channel, refuse_hooks
+from unitstep.fusing import BATCH_NORMS, called_once, module_of, per_channel, refuse_hooks
+from unitstep.muon import Muon
 from unitstep.neuron import LIF, clamp_, compiled, compiler_available
 from unitstep.quantizing import centre_thresholds_
 from unitstep.recipes import Recipe, Stage
@@ -55,6 +57,7 @@ from unitstep.whitening import plain_state, whiten_
 CHECKPOINT_SECONDS = 60.0  # at most so much work is lost by a crash
 COMPILE_FROM = 1e9  # neuron updates in a stage from which compiling the neurons pays for itself
 TEMPERATURE = 2.0  # of distillation
+ORTHOGONAL = 10.0  # times the learning rate, for orthogonalised steps
 BF16_FROM = 1.3  # times as fast as fp32 from which bf16 is taken
 
 
@@ -363,7 +366,6 @@ class _Fit:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         forget_peak()
-        self.since = self.step, time.monotonic()  # when this epoch, or what is left of it, began
 
     def _start(self, *, fresh: bool) -> nn.Module:
         """The network as the stage begins: weights from the seed, or those of the stage above; thresholds are
@@ -413,6 +415,7 @@ class _Fit:
         False returned."""
         recipe = self.run.recipe
         checkpoint = time.monotonic()
+        self.since = self.step, checkpoint  # when this epoch, or what is left of it, began
         with torch.random.fork_rng(_gpus(self.device)):
             while self.step < self.total:
                 epoch, position = divmod(self.step, self.per_epoch)
@@ -629,19 +632,41 @@ def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.opti
     """Weight decay acts on matrices and kernels alone: thresholds, leaks, biases and batch norms are scales, not
     weights. One kernel updates all (`fused`); on a GPU the learning rate is there, too."""
     gpu = device.type == "cuda"
-    parameters = list(net.parameters())
+    normed = _before_norms(net) if stage.optimizer == "muon" else []
+    if stage.optimizer == "muon" and not normed:
+        raise ValueError(
+            "the optimizer muon is for kernels in front of batch norms, and this network has none: begin a run with "
+            "another (--stages.N.optimizer adamw)"
+        )
+    parameters = [p for p in net.parameters() if all(p is not kernel for kernel in normed)]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": stage.weight_decay, "times": 1.0},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "times": stage.vector_lr},
+        {"params": normed, "orthogonal": True, "times": ORTHOGONAL},
     ]
     for group in groups:
         group["lr"] = torch.tensor(stage.lr, device=device) if gpu else stage.lr
     groups = [group for group in groups if group["params"]]
     if stage.optimizer in ("sgd", "nesterov"):
         return torch.optim.SGD(groups, momentum=0.9, nesterov=stage.optimizer == "nesterov", fused=True)
-    if stage.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True, capturable=gpu)
-    return torch.optim.Adam(groups, amsgrad=True, fused=True, capturable=gpu)
+    if stage.optimizer == "adam-amsgrad":
+        return torch.optim.Adam(groups, amsgrad=True, fused=True, capturable=gpu)
+    kind = Muon if stage.optimizer == "muon" else torch.optim.AdamW
+    return kind(groups, fused=True, capturable=gpu)
+
+
+def _before_norms(net: nn.Module) -> list[nn.Parameter]:
+    """The kernels of `net`, a `Spiking`, whose outputs go to a batch norm and nowhere else, so that their lengths mean
+    nothing; as they are trained, which may be in other coordinates."""
+    assert isinstance(net, Spiking)
+    found = []
+    for node in net.graph.nodes:
+        layer = module_of(net, node)
+        to_norms = (isinstance(module_of(net, user), BATCH_NORMS) for user in node.users)
+        if isinstance(layer, nn.Conv2d | nn.Conv1d) and layer.groups == 1 and called_once(net, node) and all(to_norms):
+            kernel: Any = layer.parametrizations.weight.original if is_parametrized(layer) else layer.weight  # type: ignore[union-attr]
+            found.append(kernel)
+    return found
 
 
 def _pays(choice: str, net: nn.Module, stage: Stage, train: Split, device: torch.device) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Optimizer = Literal["sgd", "nesterov", "adamw", "adam-amsgrad"]
+Optimizer = Literal["sgd", "nesterov", "adamw", "adam-amsgrad", "muon"]
 Thresholds = Literal["percentile", "channel-percentile", "max", "mse"]
 STRATEGIES: tuple[str, ...] = get_args(Thresholds)
 Augment = Literal["none", "flip", "crop-flip", "resized-crop-flip"]
@@ -32,7 +32,8 @@ class Stage:
     lr: float
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
-    """sgd and nesterov have momentum 0.9; adam-amsgrad is the paper's for spiking stages."""
+    """sgd and nesterov have momentum 0.9; adam-amsgrad is the paper's for spiking stages; muon, for spiking stages with
+    batch norm kept, is adamw but for the kernels in front of batch norms, which take orthogonalised steps."""
     weight_decay: float = 0.0
     """Decay of weight matrices and kernels (not of thresholds, leaks, biases and batch norms)."""
     batch: int = 128
@@ -98,6 +99,8 @@ class Stage:
             raise ValueError(f"keep must be best or last, not {self.keep!r}")
         if self.optimizer not in get_args(Optimizer):
             raise ValueError(f"no optimizer named {self.optimizer!r}; there are: {', '.join(get_args(Optimizer))}")
+        if self.optimizer == "muon" and self.steps is None:
+            raise ValueError("the optimizer muon is for spiking stages; for a CNN: nesterov")
 
     @property
     def name(self) -> str:
@@ -183,6 +186,11 @@ class Recipe:
             raise ValueError(
                 "weights cannot be rounded as they are exported (weight_bits) where spikes of each channel have a "
                 "height of their own: choose other thresholds than channel-percentile, or the height unit"
+            )
+        if self.norm != "keep" and any(stage.optimizer == "muon" for stage in self.stages):
+            raise ValueError(
+                f"the optimizer muon is for kernels in front of batch norms, and norm {self.norm} leaves none: choose "
+                "adamw, or norm keep"
             )
         if self.size < 1 or self.channels not in (1, 3):
             raise ValueError(f"size must be at least 1 pixel and channels 1 or 3, not {self.size} and {self.channels}")
