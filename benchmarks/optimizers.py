@@ -1,0 +1,107 @@
+"""AdamW against Muon in the spiking stages of `fashion-mini`, each at three learning rates.
+
+    python -m benchmarks.optimizers --data FASHION_MNIST --out RUNS
+
+FASHION_MNIST is the whole data set, as `unitstep train` takes it: all runs are judged on HELD_OUT of its training
+images that are not in `fashion-mini`; the test images are not looked at. All runs of a seed start from the same CNN, on
+one thread. The same command goes on; records/optimizers.json gets a row after each run, docs/optimizers-table.md at the
+end.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from unitstep.data import InMemory, load_test, load_train
+from unitstep.evaluation import accuracy
+from unitstep.files import write_json
+from unitstep.groups import cell
+from unitstep.ladder import train
+from unitstep.recipes import Recipe, recipe
+from unitstep.runs import provenance
+from unitstep.tables import markdown
+
+RECORD = Path(__file__).parent / "records" / "optimizers.json"
+TABLE = Path(__file__).parents[1] / "docs" / "optimizers-table.md"
+HELD_OUT = 10_000
+RATES = (4e-3, 2e-3, 8e-3)
+ARMS = [(optimizer, rate) for rate in RATES for optimizer in ("adamw", "muon")]
+
+
+def held_out(source: str) -> InMemory:
+    """Some of the training images of Fashion-MNIST that are not in fashion-mini, by their pixels."""
+    shape = {"size": 28, "channels": 1}
+    mini = (*load_train("fashion-mini", **shape), load_test("fashion-mini", **shape))  # type: ignore[arg-type]
+    known = {image.numpy().tobytes() for split in mini for image in split.images}  # type: ignore[attr-defined]
+    whole, _ = load_train(source, **shape)  # type: ignore[arg-type]
+    assert isinstance(whole, InMemory)
+    others = torch.tensor([i for i, image in enumerate(whole.images) if image.numpy().tobytes() not in known])
+    rows = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[:HELD_OUT]]
+    return InMemory(whole.images[rows], whole.labels[rows], whole.classes)
+
+
+def arm(optimizer: str, rate: float, seed: int) -> Recipe:
+    r = recipe("fashion-mini", seed=seed)
+    changed = (replace(stage, optimizer=optimizer, lr=rate) for stage in r.stages[1:])  # type: ignore[arg-type]
+    return replace(r, stages=(r.stages[0], *changed))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of the record as a Markdown table: mean over the seeds ± their standard deviation."""
+    lines = []
+    for optimizer, rate in sorted(ARMS):
+        runs = [row for row in rows if (row["optimizer"], row["lr"]) == (optimizer, rate)]
+        if runs:
+            columns = [*zip(*(run["held_out"] for run in runs), strict=True)]
+            columns.append(tuple(run["seconds"][-1] for run in runs))
+            shown = [cell(mean(c), 2, stdev(c) if len(c) > 1 else None) for c in columns]
+            lines.append((f"{optimizer} {rate:g}", *shown, str(len(runs))))
+    first, last = rows[0], rows[-1]
+    conditions = (
+        f"{HELD_OUT:,} training images of Fashion-MNIST that `fashion-mini` has not; {first['machine']['cpu']}, "
+        f"{first['machine']['threads']} thread, torch {first['versions']['torch']}, commits "
+        f"{', '.join(dict.fromkeys((first['commit'], last['commit'])))}; % right, s of training at T = 1."
+    )
+    names = ("CNN", "T = 5", "4", "3", "2", "1", "s", "n")
+    return f"{markdown(('spiking stages', *names), lines)}\n\n{conditions}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="Fashion-MNIST: a folder of its parquet files, or its hub name")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=range(5), help="some only: processes may share the work"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    held, device = held_out(options.data), torch.device("cpu")
+
+    def rows() -> list[dict[str, Any]]:
+        return json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
+
+    for optimizer, rate in ARMS:
+        for seed in options.seeds:
+            about = {"optimizer": optimizer, "lr": rate, "seed": seed}
+            if any(about.items() <= row.items() for row in rows()):
+                continue
+            r, first = arm(optimizer, rate, seed), options.out / f"adamw-{RATES[0]:g}-{seed}"
+            path = options.out / f"{optimizer}-{rate:g}-{seed}"
+            run = train(r, path, cnn=None if path == first else first)
+            nets = zip(map(run.net, range(len(r.stages))), r.stages, strict=True)
+            about |= {"held_out": [accuracy(net, held, stage.steps, device) for net, stage in nets]}
+            about |= {"loss": run.log[-1]["loss"], "seconds": [stage.seconds for stage in run.stages], **provenance()}
+            write_json(RECORD, {"schema": 1, "rows": [*rows(), about]})  # which other processes may have added to
+            print(path.name, about["held_out"][-1], flush=True)
+    TABLE.write_text(table(rows()))
+    print(table(rows()))
+
+
+if __name__ == "__main__":
+    main()
