@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept
         "thresholds": "channel-percentile", "percentile": 99.0, "initial": 0.5,
     },
     "distillation 0.5": {"distillation": 0.5},
+    "Muon": {"optimizer": "muon"},
     **{f"spike penalty {weight:g}": {"spike_penalty": weight} for weight in PENALTIES},
 }  # fmt: skip
 

@@ -45,11 +45,20 @@ def longer(r: Recipe) -> Recipe:
     return replace(r, stages=stages, cutout=12)
 
 
+def muon(r: Recipe) -> Recipe:
+    """With that optimiser in the spiking stages."""
+    cnn, *spiking = r.stages
+    return replace(r, stages=(cnn, *(replace(stage, optimizer="muon") for stage in spiking)))
+
+
 VGG16 = recipe("cifar10-vgg16")
 LONG = recipe("cifar10-quick-long")
 CONV = recipe("cifar10-vgg16-conv")
 RUNS: dict[str, Recipe] = {
+    "cifar10-vgg16-conv-muon-0": muon(CONV),
+    "cifar10-vgg16-conv-longer-muon-0": muon(longer(CONV)),
     "cifar10-vgg16-conv-longer-0": longer(CONV),
+    "cifar10-quick-long-muon-0": muon(LONG),
     "cifar10-quick-longer-0": longer(LONG),
     "cifar10-quick-long-1": replace(LONG, seed=1),
     "cifar10-vgg16-conv-1": replace(CONV, seed=1),
