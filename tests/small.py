@@ -25,6 +25,6 @@ def small(*steps: int, **changes: object) -> Recipe:
     cnn, last = shipped.stages[0], shipped.stages[-1]
     stages = (
         replace(cnn, epochs=0.2, batch=64),
-        *(replace(last, steps=t, epochs=0.07, batch=64, weight_bits=None) for t in steps),
+        *(replace(last, steps=t, epochs=0.07, batch=64, weight_bits=None, optimizer="adamw") for t in steps),
     )
     return replace(shipped, **{"data": mini(), "stages": stages, "dropout": 0.1, **changes})  # type: ignore[arg-type]

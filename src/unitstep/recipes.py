@@ -315,7 +315,7 @@ _CIFAR10_PIXELS = _pixels((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR100_PIXELS = _pixels((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _IMAGENET_PIXELS = _pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-_MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, warmup=0.1, weight_bits=8), between=1)
+_MINI = _ladder(Stage(None, 6, 4e-3, warmup=0.2), Stage(1, 10, 4e-3, "muon", warmup=0.1, weight_bits=8), between=1)
 _QUICK = (  # straight to T = 1
     Stage(None, 6, 0.1, "nesterov", 5e-4, vector_lr=8, warmup=0.2, label_smoothing=0.1),
     Stage(1, 27, 2e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1, weight_bits=8, keep="last"),
