@@ -1,22 +1,20 @@
 """A ladder of a few optimiser steps per stage, for tests."""
 
+import os
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from unitstep import Recipe, recipe
 from unitstep.data import pack
-
-FOLDER = TemporaryDirectory(prefix="unitstep-tests-")  # until this process ends
 
 
 @cache
 def mini() -> str:
     """fashion-mini, decoded once: to load it takes 15 ms then and not a second."""
-    folder = Path(FOLDER.name) / "mini"
+    folder = mkdtemp(dir=os.environ["HF_HOME"])  # conftest's, which is removed in the end
     pack("fashion-mini", folder, size=28, channels=1)
-    return str(folder)
+    return folder
 
 
 def small(*steps: int, **changes: object) -> Recipe:
@@ -27,4 +25,5 @@ def small(*steps: int, **changes: object) -> Recipe:
         replace(cnn, epochs=0.2, batch=64),
         *(replace(last, steps=t, epochs=0.07, batch=64, weight_bits=None, optimizer="adamw") for t in steps),
     )
-    return replace(shipped, **{"data": mini(), "stages": stages, "dropout": 0.1, **changes})  # type: ignore[arg-type]
+    data = changes.get("data") or mini()
+    return replace(shipped, **{"data": data, "stages": stages, "dropout": 0.1, **changes})  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.small import small
+from tests.small import mini, small
 from tests.test_data import write_images
 from unitstep import Run, Stage, evaluation, ladder, load, measure_run, recipe, runs, train
 from unitstep.cli import main
@@ -98,7 +98,7 @@ ladder.CHECKPOINT_SECONDS = 0.0
 def kill(p):
     if (p.index, p.step) == ({index}, {step}):
         os.kill(os.getpid(), signal.SIGKILL)
-ladder.train(small(2, 1), {str(tmp_path)!r}, precision="fp32", progress=kill)
+ladder.train(small(2, 1, data={mini()!r}), {str(tmp_path)!r}, precision="fp32", progress=kill)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr

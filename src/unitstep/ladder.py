@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -263,6 +264,7 @@ def convert(
     _check_output(recipe, cnn, split.classes)
     steps = recipe.stages[1].steps or 1
     snn = to_spiking(cnn, images, steps=steps, **structure(recipe, cnn), **finding(recipe))
+    _check_optimizers(recipe, snn)
     before, after = accuracy(cnn, val, None, where), accuracy(snn, val, steps, where)
     run = open_run(path, recipe, precision=chosen, device=where.type)
     run.save(run.stage_path(0), cnn.state_dict(), 0, val_accuracy=before, seconds=0.0, classes=split.classes)
@@ -378,8 +380,8 @@ class _Fit:
             cnn = build_cnn(self.run.recipe, len(self.train.classes))
             if ":" in self.run.recipe.net:
                 _check_output(self.run.recipe, cnn, self.train.classes)
-                if len(self.run.recipe.stages) > 1:
-                    build_snn(self.run.recipe, cnn)  # a network that does not convert is not trained first
+                if len(self.run.recipe.stages) > 1:  # a network that does not convert is not trained first
+                    _check_optimizers(self.run.recipe, build_snn(self.run.recipe, cnn))
             return cnn
         above = self.run.net(self.index - 1)
         recipe = self.run.recipe
@@ -633,11 +635,6 @@ def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.opti
     weights. One kernel updates all (`fused`); on a GPU the learning rate is there, too."""
     gpu = device.type == "cuda"
     normed = _before_norms(net) if stage.optimizer == "muon" else []
-    if stage.optimizer == "muon" and not normed:
-        raise ValueError(
-            "the optimizer muon is for kernels in front of batch norms, and this network has none: begin a run with "
-            "another (--stages.N.optimizer adamw)"
-        )
     parameters = [p for p in net.parameters() if all(p is not kernel for kernel in normed)]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": stage.weight_decay, "times": 1.0},
@@ -655,17 +652,29 @@ def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.opti
     return kind(groups, fused=True, capturable=gpu)
 
 
+def _check_optimizers(recipe: Recipe, snn: Spiking) -> None:
+    """ValueError, before anything is trained, if one is not for this network."""
+    if any(stage.optimizer == "muon" for stage in recipe.stages):
+        _before_norms(snn)
+
+
 def _before_norms(net: nn.Module) -> list[nn.Parameter]:
     """The kernels of `net`, a `Spiking`, whose outputs go to a batch norm and nowhere else, so that their lengths mean
-    nothing; as they are trained, which may be in other coordinates."""
+    nothing; as they are trained, which may be in other coordinates. ValueError if there are none."""
     assert isinstance(net, Spiking)
+    uses = Counter(id(parameter) for _, parameter in net.named_parameters(remove_duplicate=False))
     found = []
     for node in net.graph.nodes:
         layer = module_of(net, node)
         to_norms = (isinstance(module_of(net, user), BATCH_NORMS) for user in node.users)
         if isinstance(layer, nn.Conv2d | nn.Conv1d) and layer.groups == 1 and called_once(net, node) and all(to_norms):
             kernel: Any = layer.parametrizations.weight.original if is_parametrized(layer) else layer.weight  # type: ignore[union-attr]
-            found.append(kernel)
+            found += [kernel] if uses[id(kernel)] == 1 else []
+    if not found:
+        raise ValueError(
+            "the optimizer muon is for convolutions in front of batch norms, and this network has none: take another "
+            "(--stages.N.optimizer adamw)"
+        )
     return found
 
 

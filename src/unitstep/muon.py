@@ -1,4 +1,5 @@
-"""AdamW in which the kernels in front of batch norms take orthogonalised steps. Knows nothing of spikes or recipes.
+"""AdamW in which the kernels of convolutions in front of batch norms take orthogonalised steps. Knows nothing of spikes
+or recipes.
 
 A gradient of a kernel W, as a matrix of one row per output channel, has a few large singular values and many small
 ones; AdamW's steps do, too. Here all directions that the momentum M has are followed alike::
@@ -7,12 +8,10 @@ ones; AdamW's steps do, too. Here all directions that the momentum M has are fol
     W ← √rows·W/‖W‖ − η·orth(U),   orth(U) = P·Qᵀ for U = P·Σ·Qᵀ
 
 ‖W‖ means nothing in front of a batch norm, but η is relative to it, so it is set. Source: Muon, K. Jordan et al.,
-https://kellerjordan.github.io/posts/muon; the norm of W from their CIFAR-10 training, arXiv 2404.00498.
+https://kellerjordan.github.io/posts/muon; the norm of W as in their https://github.com/KellerJordan/cifar10-airbench.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ def orthogonalised(U: Tensor) -> Tensor:
     A Newton-Schulz iteration, X ← a·X + b·(X·Xᵀ)·X + c·(X·Xᵀ)²·X from X = U/‖U‖. All X are S·U/‖U‖ with symmetric S
     that commute with X·Xᵀ, so that only these, of the shorter side, are multiplied in each round.
     """
-    X = U / U.norm().clamp(min=1e-30)
+    X = U / U.norm().clamp(min=1e-12)  # what is left once gradients are 0 fades: its squares are 0 some time
     if X.shape[0] > X.shape[1]:
         return orthogonalised(U.T).T
     a, b, c = QUINTIC
@@ -47,8 +46,8 @@ class Muon(torch.optim.AdamW):
     this module's docstring, of η = the group's "lr"; its weight decay does not act on them."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step of all parameters that have gradients. closure is not supported, as none is needed."""
+    def step(self) -> None:  # type: ignore[override]
+        """One step of all parameters that have gradients."""
         kernels = [
             (kernel, group["lr"], kernel.grad)
             for group in self.param_groups
