@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from tempfile import mkdtemp
 
 from unitstep import Recipe, recipe
@@ -12,7 +13,7 @@ from unitstep.data import pack
 @cache
 def mini() -> str:
     """fashion-mini, decoded once: to load it takes 15 ms then and not a second."""
-    folder = mkdtemp(dir=os.environ["HF_HOME"])  # conftest's, which is removed in the end
+    folder = str(Path(mkdtemp(dir=os.environ["HF_HOME"]), "fashion-mini"))  # HF_HOME is conftest's, and removed
     pack("fashion-mini", folder, size=28, channels=1)
     return folder
 

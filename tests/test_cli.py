@@ -13,7 +13,7 @@ from unitstep.cli import main
 from unitstep.exporting import to_onnx
 from unitstep.recipes import RECIPES
 
-TINY = [part for i in range(6) for part in (f"--stages.{i}.epochs", "0.02")]
+TINY = [part for i in range(6) for part in (f"--stages.{i}.epochs", "0.02", f"--stages.{i}.optimizer", "adamw")]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

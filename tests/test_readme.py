@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks.controls import table as controls_table
 from benchmarks.conversion import table as conversion_table
 from benchmarks.counting import table as counting_table
+from benchmarks.optimizers import table as optimizers_table
 from benchmarks.record import RECORDS, table
 from benchmarks.results import PAGE, page, records
 from benchmarks.training_profile import table as profile_table
@@ -60,6 +61,8 @@ def test_tables_are_those_of_the_records():
     assert controls_table(controls) == CONVERSION.with_name("controls-table.md").read_text()
     counting = json.loads((RECORDS / "counting.json").read_text())
     assert counting_table(counting) == CONVERSION.with_name("counting-table.md").read_text()
+    optimizers = json.loads((RECORDS / "optimizers.json").read_text())["rows"]
+    assert optimizers_table(optimizers) == CONVERSION.with_name("optimizers-table.md").read_text()
     training = json.loads((RECORDS / "training-speed.json").read_text())
     assert training_table(training) == CONVERSION.with_name("training-speed-table.md").read_text()
     profile = json.loads((RECORDS / "training-profile.json").read_text())["rows"]

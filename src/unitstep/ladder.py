@@ -264,7 +264,6 @@ def convert(
     _check_output(recipe, cnn, split.classes)
     steps = recipe.stages[1].steps or 1
     snn = to_spiking(cnn, images, steps=steps, **structure(recipe, cnn), **finding(recipe))
-    _check_optimizers(recipe, snn)
     before, after = accuracy(cnn, val, None, where), accuracy(snn, val, steps, where)
     run = open_run(path, recipe, precision=chosen, device=where.type)
     run.save(run.stage_path(0), cnn.state_dict(), 0, val_accuracy=before, seconds=0.0, classes=split.classes)
@@ -380,8 +379,8 @@ class _Fit:
             cnn = build_cnn(self.run.recipe, len(self.train.classes))
             if ":" in self.run.recipe.net:
                 _check_output(self.run.recipe, cnn, self.train.classes)
-                if len(self.run.recipe.stages) > 1:  # a network that does not convert is not trained first
-                    _check_optimizers(self.run.recipe, build_snn(self.run.recipe, cnn))
+                if len(self.run.recipe.stages) > 1:
+                    build_snn(self.run.recipe, cnn)  # a network that does not convert is not trained first
             return cnn
         above = self.run.net(self.index - 1)
         recipe = self.run.recipe
@@ -652,15 +651,9 @@ def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.opti
     return kind(groups, fused=True, capturable=gpu)
 
 
-def _check_optimizers(recipe: Recipe, snn: Spiking) -> None:
-    """ValueError, before anything is trained, if one is not for this network."""
-    if any(stage.optimizer == "muon" for stage in recipe.stages):
-        _before_norms(snn)
-
-
 def _before_norms(net: nn.Module) -> list[nn.Parameter]:
     """The kernels of `net`, a `Spiking`, whose outputs go to a batch norm and nowhere else, so that their lengths mean
-    nothing; as they are trained, which may be in other coordinates. ValueError if there are none."""
+    nothing; as they are trained, which may be in other coordinates."""
     assert isinstance(net, Spiking)
     uses = Counter(id(parameter) for _, parameter in net.named_parameters(remove_duplicate=False))
     found = []
@@ -670,11 +663,6 @@ def _before_norms(net: nn.Module) -> list[nn.Parameter]:
         if isinstance(layer, nn.Conv2d | nn.Conv1d) and layer.groups == 1 and called_once(net, node) and all(to_norms):
             kernel: Any = layer.parametrizations.weight.original if is_parametrized(layer) else layer.weight  # type: ignore[union-attr]
             found += [kernel] if uses[id(kernel)] == 1 else []
-    if not found:
-        raise ValueError(
-            "the optimizer muon is for convolutions in front of batch norms, and this network has none: take another "
-            "(--stages.N.optimizer adamw)"
-        )
     return found
 
 

@@ -32,8 +32,8 @@ class Stage:
     lr: float
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
-    """sgd and nesterov have momentum 0.9; adam-amsgrad is the paper's for spiking stages; muon, for spiking stages with
-    batch norm kept, is adamw but for convolutions in front of batch norms, whose steps are orthogonalised."""
+    """sgd and nesterov have momentum 0.9; adam-amsgrad is the paper's for spiking stages; muon, for spiking stages, is
+    adamw but for convolutions in front of batch norms, whose steps are orthogonalised."""
     weight_decay: float = 0.0
     """Decay of weight matrices and kernels (not of thresholds, leaks, biases and batch norms)."""
     batch: int = 128
@@ -186,11 +186,6 @@ class Recipe:
             raise ValueError(
                 "weights cannot be rounded as they are exported (weight_bits) where spikes of each channel have a "
                 "height of their own: choose other thresholds than channel-percentile, or the height unit"
-            )
-        if self.norm != "keep" and any(stage.optimizer == "muon" for stage in self.stages):
-            raise ValueError(
-                f"the optimizer muon is for convolutions in front of batch norms, and norm {self.norm} leaves none: "
-                "keep them (--norm keep), or choose adamw for each spiking stage (--stages.1.optimizer adamw …)"
             )
         if self.size < 1 or self.channels not in (1, 3):
             raise ValueError(f"size must be at least 1 pixel and channels 1 or 3, not {self.size} and {self.channels}")
