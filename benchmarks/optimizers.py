@@ -1,4 +1,4 @@
-"""AdamW against Muon in the spiking stages of `fashion-mini`, each at three learning rates.
+"""AdamW against Muon in the spiking stages of `fashion-mini`, each at three learning rates, and straight to T = 1.
 
     python -m benchmarks.optimizers --data FASHION_MNIST --out RUNS
 
@@ -30,8 +30,12 @@ from unitstep.tables import markdown
 RECORD = Path(__file__).parent / "records" / "optimizers.json"
 TABLE = Path(__file__).parents[1] / "docs" / "optimizers-table.md"
 HELD_OUT = 10_000
-RATES = (4e-3, 2e-3, 8e-3)
-ARMS = [(optimizer, rate) for rate in RATES for optimizer in ("adamw", "muon")]
+RATE = 4e-3  # the recipe's
+ARMS = [  # optimizer, learning rate, and whether there are no rungs between the CNN and T = 1
+    (optimizer, rate, straight)
+    for rate, straight in ((RATE, False), (RATE, True), (2e-3, False), (8e-3, False))
+    for optimizer in ("adamw", "muon")
+]
 
 
 def held_out(source: str) -> InMemory:
@@ -46,27 +50,38 @@ def held_out(source: str) -> InMemory:
     return InMemory(whole.images[rows], whole.labels[rows], whole.classes)
 
 
-def arm(optimizer: str, rate: float, seed: int) -> Recipe:
+def arm(optimizer: str, rate: float, straight: bool, seed: int) -> Recipe:
+    """straight: T = 1 gets what the rungs cost, T times that of T = 1 per epoch."""
     r = recipe("fashion-mini", seed=seed)
-    changed = (replace(stage, optimizer=optimizer, lr=rate) for stage in r.stages[1:])  # type: ignore[arg-type]
-    return replace(r, stages=(r.stages[0], *changed))
+    *rungs, last = (replace(stage, optimizer=optimizer, lr=rate) for stage in r.stages[1:])  # type: ignore[arg-type]
+    if straight:
+        last = replace(last, epochs=last.epochs + sum(rung.epochs * rung.steps for rung in rungs))
+        rungs = []
+    return replace(r, stages=(r.stages[0], *rungs, last))
+
+
+def of(row: dict[str, Any]) -> tuple[str, float, bool]:
+    """Which of `ARMS` a row of the record is."""
+    return row["optimizer"], row["lr"], len(row["held_out"]) == 2
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the record as a Markdown table: mean over the seeds ± their standard deviation."""
     lines = []
-    for optimizer, rate in sorted(ARMS):
-        runs = [row for row in rows if (row["optimizer"], row["lr"]) == (optimizer, rate)]
+    for optimizer, rate, straight in sorted(ARMS):
+        runs = [row for row in rows if of(row) == (optimizer, rate, straight)]
         if runs:
             columns = [*zip(*(run["held_out"] for run in runs), strict=True)]
-            columns.append(tuple(run["seconds"][-1] for run in runs))
             shown = [cell(mean(c), 2, stdev(c) if len(c) > 1 else None) for c in columns]
-            lines.append((f"{optimizer} {rate:g}", *shown, str(len(runs))))
-    first, last = rows[0], rows[-1]
+            shown[1:1] = [""] * (6 - len(shown))
+            seconds = cell(mean(sum(run["seconds"][1:]) for run in runs), 0)
+            lines.append((f"{optimizer} {rate:g}{', straight' * straight}", *shown, seconds, str(len(runs))))
+    first = rows[0]
     conditions = (
-        f"{HELD_OUT:,} training images of Fashion-MNIST that `fashion-mini` has not; {first['machine']['cpu']}, "
+        f"% of {HELD_OUT:,} training images of Fashion-MNIST that `fashion-mini` has not; straight: T = 1 gets the "
+        f"epochs that the rungs cost. s: of training all spiking stages. {first['machine']['cpu']}, "
         f"{first['machine']['threads']} thread, torch {first['versions']['torch']}, commits "
-        f"{', '.join(dict.fromkeys((first['commit'], last['commit'])))}; % right, s of training at T = 1."
+        f"{', '.join(dict.fromkeys(row['commit'] for row in rows))}."
     )
     names = ("CNN", "T = 5", "4", "3", "2", "1", "s", "n")
     return f"{markdown(('spiking stages', *names), lines)}\n\n{conditions}\n"
@@ -86,13 +101,13 @@ def main() -> None:
     def rows() -> list[dict[str, Any]]:
         return json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
 
-    for optimizer, rate in ARMS:
+    for optimizer, rate, straight in ARMS:
         for seed in options.seeds:
-            about = {"optimizer": optimizer, "lr": rate, "seed": seed}
-            if any(about.items() <= row.items() for row in rows()):
+            if any((*of(row), row["seed"]) == (optimizer, rate, straight, seed) for row in rows()):
                 continue
-            r, first = arm(optimizer, rate, seed), options.out / f"adamw-{RATES[0]:g}-{seed}"
-            path = options.out / f"{optimizer}-{rate:g}-{seed}"
+            about: dict[str, Any] = {"optimizer": optimizer, "lr": rate, "seed": seed}
+            r, first = arm(optimizer, rate, straight, seed), options.out / f"adamw-{RATE:g}-{seed}"
+            path = options.out / f"{optimizer}-{rate:g}{'-straight' * straight}-{seed}"
             run = train(r, path, cnn=None if path == first else first)
             nets = zip(map(run.net, range(len(r.stages))), r.stages, strict=True)
             about |= {"held_out": [accuracy(net, held, stage.steps, device) for net, stage in nets]}
