@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu
 from unitstep.data import InMemory, load_test, load_train
 from unitstep.evaluation import accuracy
 from unitstep.files import write_json
@@ -51,13 +52,10 @@ def held_out(source: str) -> InMemory:
 
 
 def arm(optimizer: str, rate: float, straight: bool, seed: int) -> Recipe:
-    """straight: T = 1 gets what the rungs cost, T times that of T = 1 per epoch."""
     r = recipe("fashion-mini", seed=seed)
-    *rungs, last = (replace(stage, optimizer=optimizer, lr=rate) for stage in r.stages[1:])  # type: ignore[arg-type]
-    if straight:
-        last = replace(last, epochs=last.epochs + sum(rung.epochs * rung.steps for rung in rungs))
-        rungs = []
-    return replace(r, stages=(r.stages[0], *rungs, last))
+    spiking = (replace(stage, optimizer=optimizer, lr=rate) for stage in r.stages[1:])  # type: ignore[arg-type]
+    r = replace(r, stages=(r.stages[0], *spiking))
+    return gpu.straight(r) if straight else r
 
 
 def of(row: dict[str, Any]) -> tuple[str, float, bool]:

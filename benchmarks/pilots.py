@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import muon
 from unitstep import ladder, packed
 from unitstep.data import load_test
 from unitstep.evaluation import accuracy, choose_device
@@ -55,12 +56,6 @@ def distilled(of: Recipe, share: float) -> Recipe:
     return replace(of, stages=(first, replace(final, distillation=share, epochs=final.epochs / DISTILLED)))
 
 
-def orthogonal(of: Recipe) -> Recipe:
-    """With Muon at T = 1."""
-    first, final = of.stages
-    return replace(of, stages=(first, replace(final, optimizer="muon")))
-
-
 PILOTS: dict[str, Recipe] = {
     "none": BEFORE,
     "cutout 8": replace(BEFORE, cutout=8),
@@ -72,8 +67,8 @@ PILOTS: dict[str, Recipe] = {
     "now, CNN 5 epochs": changed(NOW, cnn=5),
     "now, CNN 3 epochs, 29 epochs": changed(NOW, cnn=3, last=29),
     "now, lr 3e-3": changed(NOW, lr=3e-3),
-    "now, muon": orthogonal(NOW),
-    "now, muon, 25 epochs": orthogonal(changed(NOW, last=25)),
+    "now, muon": muon(NOW),
+    "now, muon, 25 epochs": muon(changed(NOW, last=25)),
 }
 
 

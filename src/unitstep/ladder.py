@@ -634,7 +634,8 @@ def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.opti
     weights. One kernel updates all (`fused`); on a GPU the learning rate is there, too."""
     gpu = device.type == "cuda"
     normed = _before_norms(net) if stage.optimizer == "muon" else []
-    parameters = [p for p in net.parameters() if all(p is not kernel for kernel in normed)]
+    taken = {*map(id, normed)}
+    parameters = [p for p in net.parameters() if id(p) not in taken]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": stage.weight_decay, "times": 1.0},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "times": stage.vector_lr},

@@ -33,9 +33,9 @@ def orthogonalised(U: Tensor) -> Tensor:
         return orthogonalised(U.T).T
     a, b, c = QUINTIC
     gram = X @ X.T
-    S = torch.eye(len(X), dtype=X.dtype, device=X.device)
+    S = one = torch.eye(len(X), dtype=X.dtype, device=X.device)
     for _ in range(ROUNDS):
-        factor = a * torch.eye(len(X), dtype=X.dtype, device=X.device) + b * gram + c * (gram @ gram)
+        factor = a * one + b * gram + c * (gram @ gram)
         S, gram = factor @ S, factor @ gram @ factor
     result: Tensor = S @ X
     return result
