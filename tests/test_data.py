@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from unitstep import data
-from unitstep.data import InMemory, Split, Streamed, load_test, load_train, mix, pack
+from unitstep.data import InMemory, Split, Streamed, load_test, load_train, mix, pack, shrunk
 from unitstep.pictures import decode
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -225,6 +225,17 @@ def test_cutout_against_one_image_at_a_time(shape: tuple[int, int, int], side: i
             top, left = down[i] - side // 2, across[i] - side // 2
             wanted[:, max(0, top) : top + side, max(0, left) : left + side] = 99
             assert (after[i].numpy() == wanted).all()
+
+
+def test_shrunk_images_are_means_and_keep_their_range() -> None:
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert shrunk(images, 32) is images
+    small = shrunk(images, 16)
+    assert (small.dtype, small.shape) == (torch.uint8, (3, 3, 16, 16))
+    assert abs(small.float().mean() - images.float().mean()) < 1
+    assert small.float().std() < 0.6 * images.float().std()  # antialiased: of noise, means have half the deviation
+    for value in (0, 255):
+        assert (shrunk(torch.full_like(images, value), 24) == value).all()
 
 
 def test_moving_keeps_everything() -> None:

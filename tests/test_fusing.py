@@ -122,6 +122,28 @@ def test_functional_pools_become_modules(options):
     assert [operation.name for operation in found.operations] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("options", [ONE, EACH])
+@pytest.mark.parametrize("kind", ["Avg", "Max"])
+def test_adaptive_pools_are_written_as_the_pools_that_they_equal(kind, options, tmp_path):
+    """Those whose windows are alike and do not overlap: 8×8 to 4×2, but not 8×8 to 3×3, nor 1×1 to 2×2."""
+    adaptive, ordinary = getattr(nn, f"Adaptive{kind}Pool2d"), getattr(nn, f"{kind}Pool2d")
+    torch.manual_seed(0)
+    layers = [nets.Normalize((121,), (1 / 64,)), nn.Conv2d(3, 8, 3), nn.ReLU(), adaptive((4, 2)), nn.Conv2d(8, 8, 1)]
+    cnn = nn.Sequential(*layers, nn.ReLU(), adaptive(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    images = torch.randint(256, (4, 3, 10, 10), dtype=torch.uint8)
+    snn = to_spiking(cnn, images, steps=1, **options)
+    agrees(snn, images, 1)
+    pools = [module for module in snn.fuse(images).modules() if isinstance(module, ordinary)]
+    assert [pool.kernel_size for pool in pools] == [(2, 4), (4, 2)]
+    assert to_onnx(snn, tmp_path / "net.onnx", images, form="int8").in_float == {}
+    for size in (3, 16):
+        cnn[3], cnn[6] = adaptive(size), nn.Identity()
+        cnn[8] = nn.Linear(8 * size * size, 4)
+        snn = to_spiking(cnn, images, steps=1, **options)
+        agrees(snn, images, 1)
+        assert [type(module) for module in snn.fuse(images).modules() if "Pool" in type(module).__name__] == [adaptive]
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_fused_neurons_integrate_in_double_precision_where_others_do(steps):
     lif, current = LIF(1.0, initial=0.0), torch.full((steps, 1), 1 + 1e-10, dtype=torch.float64)

@@ -19,7 +19,8 @@ from tests.small import mini, small
 from tests.test_data import write_images
 from unitstep import Run, Stage, evaluation, ladder, load, measure_run, recipe, runs, train
 from unitstep.cli import main
-from unitstep.data import Split, load_train
+from unitstep.data import Split, load_train, pack
+from unitstep.evaluation import forward
 from unitstep.ladder import Progress, counted, learning_rate, loss_of, spikes_per_neuron
 from unitstep.measurement import measure
 from unitstep.neuron import clamp_, compiler_available
@@ -168,6 +169,34 @@ def test_images_are_changed_as_the_recipe_says(tmp_path, asked):
     changes = {"augment": "crop-flip", "padding": 2, "border": "mirror"}
     assert [changes.items() <= call.items() for call in asked] == [True] * 3
     assert [call.get("cutout", 0) for call in asked] == [8, 0, 8]  # thresholds are found without
+
+
+def test_a_stage_takes_small_images_first(tmp_path, monkeypatch):
+    """Six optimiser steps at three sizes, with a stop after each of them; validated at the last."""
+    seen, data = [], str(tmp_path / "data")
+    pack("fashion-mini", data, size=16, channels=1)
+
+    def noted(net, images, steps):
+        seen.append((images.shape[-1], images.dtype))
+        return forward(net, images, steps)
+
+    stages = tuple(replace(stage, epochs=0.5, batch=400, sizes=(8, 12, 16)) for stage in small(2, 1).stages)
+    ladder_of_sizes = small(stages=stages, size=16, data=data)
+    monkeypatch.setattr(ladder, "forward", noted)
+    unbroken = train(ladder_of_sizes, tmp_path / "unbroken")
+    trained = [size for size, kind in seen if kind == torch.uint8]
+    assert "".join(f"{size} " for size in trained).count("8 8 12 12 16 16 ") == 3
+    while len((run := train(ladder_of_sizes, tmp_path / "stopped", time_limit=0.0)).stages) < 3:
+        pass
+    assert_same(run, unbroken)
+
+
+def test_small_images_that_the_network_does_not_take_are_refused_before_it_is_trained(tmp_path):
+    stages = small(1).stages
+    late = (stages[0], replace(stages[1], sizes=(14, 28)))
+    with pytest.raises(ValueError, match=r"vgg-mini takes no images of 14×14 pixels .*--stages.1.sizes .*Adaptive"):
+        train(small(stages=late), tmp_path)
+    assert not Run(tmp_path).stages
 
 
 @pytest.fixture

@@ -45,6 +45,21 @@ def test_paper_recipes_use_the_papers_choices(name):
     assert (r.stages[0].optimizer, r.stages[0].lr, r.stages[0].weight_decay) == ("sgd", 0.01, 5e-4)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ((24, 16, 32), r"each larger than the one before, not \(24, 16, 32\)"),
+        ((16, 16), "each larger"),
+        ((0, 32), "sizes are pixels"),
+        ((16, 24), "the sizes of stage cnn end with 24, but must with the size of the images, 32"),
+    ],
+)
+def test_sizes_grow_to_that_of_the_images(sizes, why):
+    with pytest.raises(ValueError, match=why):
+        Recipe("mine", "", "vgg-quick", (Stage(None, 1, 0.1, sizes=sizes),))
+    assert Recipe("mine", "", "vgg-quick", (Stage(None, 1, 0.1, sizes=(16, 24)),), size=24).stages[0].sizes == (16, 24)
+
+
 def test_unknown_recipe_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"no recipe named 'cifar-vgg16'; did you mean .*cifar10-vgg16"):
         recipe("cifar-vgg16")

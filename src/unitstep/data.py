@@ -27,7 +27,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset
 
 from unitstep import packed
@@ -749,6 +749,15 @@ def _cut_out(images: Tensor, side: int, fill: int, generator: torch.Generator) -
         inside.append((place >= first) & (place < first + side))
     down, across = inside
     return images.masked_fill((down[:, :, None] & across[:, None])[:, None], fill)
+
+
+def shrunk(images: Tensor, size: int) -> Tensor:
+    """Images uint8 [B, C, H, W] → uint8 [B, C, size, size], by antialiased bilinear interpolation; as they are if they
+    have that size."""
+    if images.shape[2:] == (size, size):
+        return images
+    pixels = interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    return pixels.round().to(torch.uint8)  # between those that it has interpolated: from 0 to 255
 
 
 def _sent(drawn: Tensor, device: torch.device) -> Tensor:

@@ -33,7 +33,9 @@ POOL_FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {  # the eq
     F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
     F.max_pool1d: (nn.MaxPool1d, MAXIMUM),
     F.max_pool2d: (nn.MaxPool2d, MAXIMUM),
+    F.adaptive_max_pool2d: (nn.AdaptiveMaxPool2d, ("output_size", "return_indices")),
 }
+EVEN: dict[Any, Any] = {nn.AdaptiveAvgPool2d: nn.AvgPool2d, nn.AdaptiveMaxPool2d: nn.MaxPool2d}
 POOLS = tuple(pool for pool, _ in POOL_FUNCTIONS.values())
 
 
@@ -173,16 +175,23 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
 
 
 def _pools_as_modules(net: fx.GraphModule, found: dict[fx.Node, Any]) -> None:
-    """Let functional pools, and means over both dimensions of a map, be the modules that they equal, which all that
-    follows knows. found: what each node gave for an image, where a window may be a size of it."""
+    """Let functional pools, means over both dimensions of a map, and adaptive pools whose windows are alike and do not
+    overlap be the modules that they equal, which all that follows knows. found: what each node gave for an image, where
+    a window may be a size of it."""
 
     def call(node: fx.Node, module: nn.Module, source: fx.Node) -> None:
+        if type(module) in EVEN:
+            (h, w), (rows, columns) = found[source].shape[-2:], node.meta["tensor_meta"].shape[-2:]
+            if h % rows == w % columns == 0:
+                module = EVEN[type(module)]((h // rows, w // columns))
         net.add_submodule(node.name, module)
         node.op, node.target, node.args, node.kwargs = "call_module", node.name, (source,), {}
 
     for node in list(net.graph.nodes):
-        source = argument(node, "input", 0) if node.op in ("call_function", "call_method") else None
-        if not isinstance(source, fx.Node):
+        module, source = module_of(net, node), argument(node, "input", 0)
+        if module is not None and type(module) in EVEN:
+            call(node, module, source)
+        if module is not None or not isinstance(source, fx.Node):
             continue
         if node.target in POOL_FUNCTIONS:
             pool, names = POOL_FUNCTIONS[node.target]

@@ -29,7 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from unitstep.calibration import calibrate_, record, to_spiking, watching
 from unitstep.conversion import Spiking
-from unitstep.data import Split, load_train, mix
+from unitstep.data import Split, load_train, mix, shrunk
 from unitstep.evaluation import accuracy, choose_device, forward
 from unitstep.files import remove_unfinished, write_json
 from unitstep.fusing import BATCH_NORMS, called_once, module_of, per_channel, refuse_hooks
@@ -262,6 +262,7 @@ def convert(
         load_weights_(cnn.get_submodule("cnn") if ":" in recipe.net else cnn, weights)
     images, val = calibration_images(recipe, split).to(where), val.to(where)
     _check_output(recipe, cnn, split.classes)
+    _check_sizes(recipe, cnn, 1, len(split.classes), where)
     steps = recipe.stages[1].steps or 1
     snn = to_spiking(cnn, images, steps=steps, **structure(recipe, cnn), **finding(recipe))
     before, after = accuracy(cnn, val, None, where), accuracy(snn, val, steps, where)
@@ -296,6 +297,26 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
             f"{recipe.net} gives probabilities: it ends in a softmax. Let it return the logits before it; training and "
             "prediction take the softmax themselves"
         )
+
+
+def _check_sizes(recipe: Recipe, net: nn.Module, first: int, classes: int, device: torch.device) -> None:
+    """ValueError if `net`, the recipe's CNN or what became of it, cannot be trained at the sizes of the stages from
+    number `first` on."""
+    for index, stage in enumerate(recipe.stages[first:], first):
+        for size in stage.sizes:
+            images = torch.zeros(2, recipe.channels, size, size, dtype=torch.uint8, device=device)
+            try:
+                with torch.no_grad():
+                    shape = list(forward(net.eval(), images, stage.steps if isinstance(net, Spiking) else None).shape)
+            except Exception as error:  # whatever the user's code raises
+                shape, why = [], f"{type(error).__name__}: {error}"
+            else:
+                why = f"of 2 images it makes {shape}"
+            if shape != [2, classes]:
+                raise ValueError(
+                    f"{recipe.net} takes no images of {size}×{size} pixels ({why}). Leave --stages.{index}.sizes out, "
+                    "or let the network pool to a fixed size before it flattens, as nn.AdaptiveAvgPool2d(1) does"
+                )
 
 
 def load_weights_(net: nn.Module, path: str | Path) -> None:
@@ -348,6 +369,7 @@ class _Fit:
         state = self._saved_state()
         net = self._start(fresh=state is None)
         self.net = net.to(device)
+        _check_sizes(run.recipe, self.net, index, len(train.classes), device)
         if run.recipe.whiten:
             images = calibration_images(run.recipe, train)
             given = () if self.stage.steps is None else (1,)  # step; pixels are the same at each
@@ -364,6 +386,7 @@ class _Fit:
         # to recompute, the state of random numbers is read between kernels
         recorded = replay and device.type == "cuda" and not self.stage.recompute
         self.replayed = Replayed(self._compute) if recorded else None
+        self.size: int | None = None  # of the images that it has recorded
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         forget_peak()
@@ -461,6 +484,11 @@ class _Fit:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+        size = training_size(self.stage, self.step, self.total)
+        if size is not None:
+            images = shrunk(images, size)
+        if self.replayed and size != self.size:  # another computation
+            self.replayed, self.size = Replayed(self._compute), size
         loss = self.replayed(images, labels) if self.replayed else self._compute(images, labels)
         self.losses.append(loss)
         self.step += 1
@@ -627,6 +655,11 @@ def learning_rate(stage: Stage, step: int, total: int) -> float:
     if stage.milestones:
         return stage.lr / stage.factor ** sum(done >= milestone for milestone in stage.milestones)
     return stage.lr * (1 - done) / (1 - stage.warmup)
+
+
+def training_size(stage: Stage, step: int, total: int) -> int | None:
+    """Height and width of the images of optimiser step `step` (from 0) of `total`; None: as they come."""
+    return stage.sizes[step * len(stage.sizes) // total] if stage.sizes else None
 
 
 def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.optim.Optimizer:

@@ -91,9 +91,12 @@ def imported(place: str) -> nn.Module:
     return made
 
 
-def _pool(kind: str) -> nn.Module:
+def _pool(kind: str, size: int | None = None) -> nn.Module:
+    """Of 2×2 pixels; or of as many as make `size`×`size` of the image, whatever its size."""
     if kind not in ("avg", "max"):
         raise ValueError(f'pool must be "avg" or "max", not {kind!r}')
+    if size is not None:
+        return nn.AdaptiveAvgPool2d(size) if kind == "avg" else nn.AdaptiveMaxPool2d(size)
     return nn.AvgPool2d(2) if kind == "avg" else nn.MaxPool2d(2)
 
 
@@ -117,13 +120,15 @@ def _vgg(
     pool: str,
     dropout: float,
 ) -> nn.Sequential:
-    """conv-ReLU groups with a pool, or dropout, after each ReLU; then linear-ReLU-dropout; then the readout."""
+    """conv-ReLU groups with a pool, or dropout, after each ReLU; then linear-ReLU-dropout; then the readout. A pool in
+    front of these gives maps of the same size for smaller images, too, if it halves an even number of pixels."""
     layers: dict[str, nn.Module] = {"normalize": normalize}
     number = 0
     for width, after in zip(plan, [*plan[1:], None], strict=True):
         if width == "P":
-            layers[f"pool{number}"] = _pool(pool)
+            last = after is None and size > 1 and size % 2 == 0
             size //= 2
+            layers[f"pool{number}"] = _pool(pool, size if last else None)
             continue
         number += 1
         for kind, module in zip(("conv", "norm"), _conv(channels, width, batch_norm), strict=False):

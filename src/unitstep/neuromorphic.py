@@ -115,9 +115,6 @@ class _Writer:
         elif isinstance(module, Scale):
             factor = per_channel(module.factor / self._window(source), len(_shape(node)) + 1)
             self._add(node.name, self.nir.Scale(np.broadcast_to(factor.numpy(), (1, *_shape(node)))[0].copy()), source)
-        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-            height, width = map(int, _shape(source)[1:])
-            self._add(node.name, self._pool(nn.AvgPool2d((height, width))), source)
         elif isinstance(module, nn.AvgPool2d):
             if not divides_by_window(module):
                 return False

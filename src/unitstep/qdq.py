@@ -160,8 +160,6 @@ class _Integer:
             options = {"ceil_mode": int(module.ceil_mode), "count_include_pad": int(module.count_include_pad)}
             options |= _window(module.kernel_size, module.stride, module.padding)
             return _Value(write.add("AveragePool", real, name, **options))
-        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-            return _Value(write.add("GlobalAveragePool", real, name))
         if kind_of(node, module).lower().replace("_", "") == "logsoftmax":  # the end of a network, [N, classes]
             return _Value(write.add("LogSoftmax", real, name, axis=1))
         return None

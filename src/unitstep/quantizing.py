@@ -114,7 +114,7 @@ class _Quantization:
         if isinstance(module, Fire):
             self._stand_for(node)  # without a layer before it, its threshold is one of real numbers
             return Whole(torch.ones(()), 0, 1)
-        if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+        if isinstance(module, nn.AvgPool2d):
             return self._pool(node, module)
         if isinstance(module, Scale) and (given := self.whole.get(node.all_input_nodes[0])) is not None:
             self.net.set_submodule(str(node.target), nn.Identity())  # the height goes into the unit
@@ -185,24 +185,13 @@ class _Quantization:
             node.meta["float"] = "its output does not go to neurons alone"
         return True
 
-    def _pool(self, node: fx.Node, pool: Any) -> Whole | None:
-        source = node.all_input_nodes[0]
-        given = self.whole.get(source)
-        if given is None:
+    def _pool(self, node: fx.Node, pool: nn.AvgPool2d) -> Whole | None:
+        given = self.whole.get(node.all_input_nodes[0])
+        size = math.prod(pair(pool.kernel_size))
+        if given is None or not divides_by_window(pool) or given.most * size > LARGEST or given.least < 0:
             return None
-        if isinstance(pool, nn.AdaptiveAvgPool2d):
-            if pool.output_size not in (1, (1, 1)):
-                return None
-            window = stride = tuple(source.meta["tensor_meta"].shape[2:])
-            padding = (0, 0)
-        else:
-            window, stride, padding = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
-            if not divides_by_window(pool):
-                return None
-        size = math.prod(window)
-        if given.most * size > LARGEST or given.least < 0:
-            return None
-        self.net.set_submodule(str(node.target), nn.AvgPool2d(window, stride, padding, divisor_override=1))
+        sums = nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, divisor_override=1)
+        self.net.set_submodule(str(node.target), sums)
         return Whole(given.unit / size, 0, given.most * size)
 
     def _same(self, node: fx.Node, module: nn.Module | None) -> Whole | None:

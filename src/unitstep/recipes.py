@@ -38,6 +38,9 @@ class Stage:
     """Decay of weight matrices and kernels (not of thresholds, leaks, biases and batch norms)."""
     batch: int = 128
     """Images per optimiser step."""
+    sizes: tuple[int, ...] = ()
+    """Heights and widths, in pixels, that training images are shrunk to before the last, which is the recipe's `size`:
+    each for an equal share of the stage, which takes less time so. None: that size throughout."""
     accumulate: int = 1
     """Parts that a batch is cut into, to save memory; their gradients are summed."""
     warmup: float = 0.0
@@ -77,6 +80,8 @@ class Stage:
             raise ValueError(
                 f"a batch of {self.batch} images cannot be cut into {self.accumulate} equal parts (accumulate)"
             )
+        if [*self.sizes] != sorted({*self.sizes}) or min(self.sizes, default=1) < 1:
+            raise ValueError(f"a stage's sizes are pixels, each larger than the one before, not {self.sizes}")
         for share in (self.warmup, self.label_smoothing, *self.milestones):
             if not 0 <= share < 1:
                 raise ValueError(f"warmup, label_smoothing and milestones are shares from 0 to 1, not {share}")
@@ -189,6 +194,11 @@ class Recipe:
             )
         if self.size < 1 or self.channels not in (1, 3):
             raise ValueError(f"size must be at least 1 pixel and channels 1 or 3, not {self.size} and {self.channels}")
+        if wrong := next((stage for stage in self.stages if stage.sizes and stage.sizes[-1] != self.size), None):
+            raise ValueError(
+                f"the sizes of stage {wrong.name} end with {wrong.sizes[-1]}, but must with the size of the images, "
+                f"{self.size}, which the network is validated and used with"
+            )
         if self.padding < 0 or self.cutout < 0:
             raise ValueError(f"padding and cutout must be 0 or more pixels, not {self.padding} and {self.cutout}")
         if self.cutout and self.augment in ("none", "resized-crop-flip"):
