@@ -42,9 +42,10 @@ def test_a_replayed_computation_follows_its_inputs_its_state_and_the_seed() -> N
     assert calls == WARM_UP + 1
 
 
-def recipe_for(folder: Path, optimizer: str) -> Recipe:
+def recipe_for(folder: Path, optimizer: str, sizes: tuple[int, ...] = ()) -> Recipe:
     """CNN, T = 2 and T = 1, 27 steps each, on random images with something to learn."""
-    images = torch.randint(256, (640, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    size = max(sizes, default=28)
+    images = torch.randint(256, (640, 1, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(640) % 10
     images[torch.arange(640), 0, labels] = 255
     for split in ("train", "test"):
@@ -53,14 +54,18 @@ def recipe_for(folder: Path, optimizer: str) -> Recipe:
     stages = [Stage(None, 3, 0.02, "nesterov", 5e-4, batch=64, warmup=0.2)]
     for steps in (2, 1):
         stages.append(Stage(steps, 3, 1e-3, optimizer, 5e-4, batch=64, warmup=0.2, distillation=0.5))  # type: ignore[arg-type]
-    return replace(recipe("fashion-mini"), data=str(folder / "data"), stages=tuple(stages), dropout=0.2, whiten=True)
+    changes = {"stages": tuple(replace(stage, sizes=sizes) for stage in stages), "size": size}
+    return replace(recipe("fashion-mini"), data=str(folder / "data"), dropout=0.2, whiten=True, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adam-amsgrad", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "sizes"),
+    [("nesterov", ()), ("adamw", ()), ("adam-amsgrad", ()), ("muon", ()), ("adamw", (8, 12, 16))],
+)
 def test_training_is_the_same_replayed_and_not_and_resumed(
-    tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, optimizer: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    r = recipe_for(tmp_path, optimizer)
+    r = recipe_for(tmp_path, optimizer, sizes)
     calls, compute = list[str](), ladder._Fit._compute
 
     def counted(fit: ladder._Fit, *batch: torch.Tensor) -> torch.Tensor:
@@ -74,7 +79,7 @@ def test_training_is_the_same_replayed_and_not_and_resumed(
         return [row["loss"] for row in Run(tmp_path / folder).log]
 
     replayed = losses("on")
-    assert Counter(calls) == dict.fromkeys(("cnn", "t2", "t1"), WARM_UP + 1)
+    assert Counter(calls) == dict.fromkeys(("cnn", "t2", "t1"), max(1, len(sizes)) * (WARM_UP + 1))
     assert replayed == pytest.approx(losses("off", compile="off"), rel=2e-2)
 
     def interrupt(progress: Progress) -> None:
