@@ -233,7 +233,8 @@ def test_shrunk_images_are_means_and_keep_their_range() -> None:
     small = shrunk(images, 16)
     assert (small.dtype, small.shape) == (torch.uint8, (3, 3, 16, 16))
     assert abs(small.float().mean() - images.float().mean()) < 1
-    assert small.float().std() < 0.6 * images.float().std()  # antialiased: of noise, means have half the deviation
+    # of noise the 4×4 pixels that meet, weighted by 1, 3, 3, 1 both ways, leave 0.31 of the deviation; 2×2 would 0.5
+    assert small.float().std() < 0.4 * images.float().std()
     for value in (0, 255):
         assert (shrunk(torch.full_like(images, value), 24) == value).all()
 

@@ -170,8 +170,8 @@ class Spiking(Graph):
 
     def fuse(self, images: Tensor, steps: int = 1) -> fx.GraphModule:
         """This network at `steps` timesteps as a plain module: convolutions and comparisons, images [B, C, H, W] →
-        logits [B, classes]. Of `images` only the shape matters. See `unitstep.fusing`. ValueError if a module has
-        forward hooks."""
+        logits [B, classes], for images as high and wide as `images`, of which nothing else matters. See
+        `unitstep.fusing`. ValueError if a module has forward hooks."""
         refuse_hooks(self)
         return fuse(self, images, steps)
 

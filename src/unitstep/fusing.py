@@ -99,9 +99,9 @@ def fuse(snn: fx.GraphModule, images: Tensor, steps: int = 1) -> fx.GraphModule:
     """The spiking network `snn` at `steps` timesteps as a plain module, in evaluation: images [B, C, H, W] → logits
     [B, classes].
 
-    images: of which only the shape matters.  A copy, with nothing to train, whose modules have the names of the traced
-    graph's operations: convolutions and linear layers, with a bias where a batch norm was, a `Fire` for each neuron
-    layer, and what else the network has. Equal to `snn(images, steps)` but for rounding: where a membrane is at its
+    images: as high and wide as those that the result is for; nothing else matters.  A copy, with nothing to train,
+    whose modules have the names of the traced graph's operations: convolutions and linear layers, with a bias where a
+    batch norm was, a `Fire` for each neuron layer, and what else the network has. Equal to `snn(images, steps)` but for rounding: where a membrane is at its
     threshold to 1e-6 or so, a spike can differ. Forward hooks are left out. ValueError if steps < 1.
     """
     check_steps(steps)
@@ -180,7 +180,7 @@ def _pools_as_modules(net: fx.GraphModule, found: dict[fx.Node, Any]) -> None:
     a window may be a size of it."""
 
     def call(node: fx.Node, module: nn.Module, source: fx.Node) -> None:
-        if type(module) in EVEN:
+        if type(module) in EVEN and not getattr(module, "return_indices", False):
             (h, w), (rows, columns) = found[source].shape[-2:], node.meta["tensor_meta"].shape[-2:]
             if h % rows == w % columns == 0:
                 module = EVEN[type(module)]((h // rows, w // columns))

@@ -302,20 +302,23 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
 def _check_sizes(recipe: Recipe, net: nn.Module, first: int, classes: int, device: torch.device) -> None:
     """ValueError if `net`, the recipe's CNN or what became of it, cannot be trained at the sizes of the stages from
     number `first` on."""
-    for index, stage in enumerate(recipe.stages[first:], first):
+    for stage in recipe.stages[first:]:
         for size in stage.sizes:
             images = torch.zeros(2, recipe.channels, size, size, dtype=torch.uint8, device=device)
             try:
                 with torch.no_grad():
                     shape = list(forward(net.eval(), images, stage.steps if isinstance(net, Spiking) else None).shape)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever the user's code raises
                 shape, why = [], f"{type(error).__name__}: {error}"
             else:
                 why = f"of 2 images it makes {shape}"
             if shape != [2, classes]:
                 raise ValueError(
-                    f"{recipe.net} takes no images of {size}×{size} pixels ({why}). Leave --stages.{index}.sizes out, "
-                    "or let the network pool to a fixed size before it flattens, as nn.AdaptiveAvgPool2d(1) does"
+                    f"{recipe.net} takes no images of {size}×{size} pixels ({why}), which are among the sizes of stage "
+                    f"{stage.name}: leave them out. A network of your own takes them if it pools to a fixed size before it "
+                    "flattens, as nn.AdaptiveAvgPool2d(1) does"
                 )
 
 
@@ -386,7 +389,7 @@ class _Fit:
         # to recompute, the state of random numbers is read between kernels
         recorded = replay and device.type == "cuda" and not self.stage.recompute
         self.replayed = Replayed(self._compute) if recorded else None
-        self.size: int | None = None  # of the images that it has recorded
+        self.size: int | None = None  # of the images that the network gets now; None: as they come
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         forget_peak()
@@ -484,11 +487,9 @@ class _Fit:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        size = training_size(self.stage, self.step, self.total)
-        if size is not None:
-            images = shrunk(images, size)
-        if self.replayed and size != self.size:  # another computation
-            self.replayed, self.size = Replayed(self._compute), size
+        if (size := training_size(self.stage, self.step, self.total)) != self.size:
+            self.size = size
+            self.replayed = Replayed(self._compute) if self.replayed else None  # another computation
         loss = self.replayed(images, labels) if self.replayed else self._compute(images, labels)
         self.losses.append(loss)
         self.step += 1
@@ -507,7 +508,8 @@ class _Fit:
                 if self.teacher is not None:
                     wanted = forward(self.teacher, part, None).float()
                 with counted(self.net, self.stage.spike_penalty > 0) as spikes:
-                    logits = forward(self.trained, part, self.stage.steps)
+                    small = part if self.size is None else shrunk(part, self.size)
+                    logits = forward(self.trained, small, self.stage.steps)
             loss = loss_of(logits.float(), target, self.stage, wanted)
             if spikes:
                 loss = loss + self.stage.spike_penalty * spikes_per_neuron(spikes, len(part))
@@ -659,7 +661,7 @@ def learning_rate(stage: Stage, step: int, total: int) -> float:
 
 def training_size(stage: Stage, step: int, total: int) -> int | None:
     """Height and width of the images of optimiser step `step` (from 0) of `total`; None: as they come."""
-    return stage.sizes[step * len(stage.sizes) // total] if stage.sizes else None
+    return stage.sizes[((step + 1) * len(stage.sizes) - 1) // total] if stage.sizes else None
 
 
 def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.optim.Optimizer:

@@ -40,7 +40,7 @@ class Stage:
     """Images per optimiser step."""
     sizes: tuple[int, ...] = ()
     """Heights and widths, in pixels, that training images are shrunk to before the last, which is the recipe's `size`:
-    each for an equal share of the stage, which takes less time so. None: that size throughout."""
+    each for an equal share of the stage, which takes less time so; none: that size throughout."""
     accumulate: int = 1
     """Parts that a batch is cut into, to save memory; their gradients are summed."""
     warmup: float = 0.0
