@@ -101,8 +101,9 @@ def fuse(snn: fx.GraphModule, images: Tensor, steps: int = 1) -> fx.GraphModule:
 
     images: as high and wide as those that the result is for; nothing else matters.  A copy, with nothing to train,
     whose modules have the names of the traced graph's operations: convolutions and linear layers, with a bias where a
-    batch norm was, a `Fire` for each neuron layer, and what else the network has. Equal to `snn(images, steps)` but for rounding: where a membrane is at its
-    threshold to 1e-6 or so, a spike can differ. Forward hooks are left out. ValueError if steps < 1.
+    batch norm was, a `Fire` for each neuron layer, and what else the network has. Equal to `snn(images, steps)` but for
+    rounding: where a membrane is at its threshold to 1e-6 or so, a spike can differ. Forward hooks are left out.
+    ValueError if steps < 1.
     """
     check_steps(steps)
     net = _at_fixed_steps(snn, steps).eval()

@@ -317,8 +317,8 @@ def _check_sizes(recipe: Recipe, net: nn.Module, first: int, classes: int, devic
             if shape != [2, classes]:
                 raise ValueError(
                     f"{recipe.net} takes no images of {size}×{size} pixels ({why}), which are among the sizes of stage "
-                    f"{stage.name}: leave them out. A network of your own takes them if it pools to a fixed size before it "
-                    "flattens, as nn.AdaptiveAvgPool2d(1) does"
+                    f"{stage.name}: leave them out. A network of your own takes them if it pools to a fixed size, as "
+                    "nn.AdaptiveAvgPool2d(1) does, before it flattens"
                 )
 
 
