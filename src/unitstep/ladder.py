@@ -389,7 +389,6 @@ class _Fit:
         # to recompute, the state of random numbers is read between kernels
         recorded = replay and device.type == "cuda" and not self.stage.recompute
         self.replayed = Replayed(self._compute) if recorded else None
-        self.size: int | None = None  # of the images that the network gets now; None: as they come
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         forget_peak()
@@ -487,9 +486,9 @@ class _Fit:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        if (size := training_size(self.stage, self.step, self.total)) != self.size:
-            self.size = size
-            self.replayed = Replayed(self._compute) if self.replayed else None  # another computation
+        before, now = (training_size(self.stage, step, self.total) for step in (self.step - 1, self.step))
+        if self.replayed and now != before:  # another computation
+            self.replayed = Replayed(self._compute)
         loss = self.replayed(images, labels) if self.replayed else self._compute(images, labels)
         self.losses.append(loss)
         self.step += 1
@@ -502,13 +501,14 @@ class _Fit:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         parts = min(self.stage.accumulate, len(images))
+        size = training_size(self.stage, self.step, self.total)
         for part, target in zip(images.chunk(parts), labels.chunk(parts), strict=True):
             wanted = None
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                 if self.teacher is not None:
                     wanted = forward(self.teacher, part, None).float()
                 with counted(self.net, self.stage.spike_penalty > 0) as spikes:
-                    small = part if self.size is None else shrunk(part, self.size)
+                    small = part if size is None else shrunk(part, size)
                     logits = forward(self.trained, small, self.stage.steps)
             loss = loss_of(logits.float(), target, self.stage, wanted)
             if spikes:
