@@ -142,10 +142,18 @@ def test_thresholds_per_channel_are_resumed(unbroken, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("keep", "kept"), [("best", (99, 6)), ("last", (95, 8))])
-def test_whose_epochs_weights_are_kept(tmp_path, monkeypatch, asked, keep, kept):
+@pytest.mark.parametrize(
+    ("keep", "every", "curve", "kept"),
+    [
+        ("best", 1, (97, 99, 99, 95), (99, 6)),
+        ("last", 1, (97, 99, 99, 95), (95, 8)),
+        ("best", 2, (None, 99, None, 95), (99, 4)),
+        ("last", 3, (None, None, 99, 95), (95, 8)),
+    ],
+)
+def test_whose_epochs_weights_are_kept(tmp_path, monkeypatch, asked, keep, every, curve, kept):
     """Of four epochs, of two steps each, with a stop after each step."""
-    accuracies, losses = iter((97, 99, 99, 95)), []
+    accuracies, losses = iter([accuracy for accuracy in curve if accuracy is not None]), []
 
     def noted(*given):
         losses.append(loss_of(*given))
@@ -153,12 +161,13 @@ def test_whose_epochs_weights_are_kept(tmp_path, monkeypatch, asked, keep, kept)
 
     monkeypatch.setattr(ladder, "accuracy", lambda *_: next(accuracies))
     monkeypatch.setattr(ladder, "loss_of", noted)
-    stage = replace(small().stages[0], epochs=4, batch=2000, keep=keep)
+    stage = replace(small().stages[0], epochs=4, batch=2000, keep=keep, validate_every=every)
     while not (run := train(small(stages=(stage,)), tmp_path, time_limit=0.0)).stages:
         pass
     assert (run.finished(0).val_accuracy, run.net(0).state_dict()["norm1.num_batches_tracked"]) == kept
     means = [(first.item() + second.item()) / 2 for first, second in zip(losses[::2], losses[1::2], strict=True)]
     assert [row["epoch"] for row in run.log] == [1, 2, 3, 4]
+    assert tuple(row["val_accuracy"] for row in run.log) == curve
     assert [row["loss"] for row in run.log] == pytest.approx(means, abs=1e-5)
     assert len({call["seed"] for call in asked}) == 4  # another order in each
 
@@ -180,7 +189,7 @@ def test_a_stage_takes_small_images_first(tmp_path, monkeypatch):
         seen.append((images.shape[-1], images.dtype))
         return forward(net, images, steps)
 
-    stages = tuple(replace(stage, epochs=0.5, batch=400, sizes=(8, 12, 16)) for stage in small(2, 1).stages)
+    stages = tuple(replace(stage, epochs=0.5, batch=400, sizes=(0.5, 0.75, 1)) for stage in small(2, 1).stages)
     stages = (*stages[:2], replace(stages[2], distillation=0.5))
     ladder_of_sizes = small(stages=stages, size=16, data=data)
     monkeypatch.setattr(ladder, "forward", noted)
@@ -189,17 +198,18 @@ def test_a_stage_takes_small_images_first(tmp_path, monkeypatch):
     wanted = "".join(f"{size} " for size in asked)
     assert wanted.count("8 8 12 12 16 16 ") == 2
     assert wanted.endswith("16 8 16 8 16 12 16 12 16 16 16 16 ")
+    assert [row["size"] for row in unbroken.log] == [16, 16, 16]
     while len((run := train(ladder_of_sizes, tmp_path / "stopped", time_limit=0.0)).stages) < 3:
         pass
     assert_same(run, unbroken)
 
 
-def test_small_images_that_the_network_does_not_take_are_refused_before_it_is_trained(tmp_path):
-    stages = small(1).stages
-    late = (stages[0], replace(stages[1], sizes=(14, 28)))
-    with pytest.raises(ValueError, match=r"vgg-mini takes no images of 14×14 pixels .* sizes of stage t1: .*Adaptive"):
-        train(small(stages=late), tmp_path)
-    assert not Run(tmp_path).stages
+def test_a_network_that_takes_no_small_images_has_large_ones_and_it_is_said(tmp_path):
+    stages = tuple(replace(stage, epochs=1e-9) for stage in small(1).stages)
+    with pytest.warns(UserWarning, match=r"vgg-mini takes no images of 14×14 pixels .*stage t1 .*28×28 .*Adaptive"):
+        run = train(small(stages=(stages[0], replace(stages[1], sizes=(0.5, 1)))), tmp_path / "sizes")
+    assert [row["size"] for row in run.log] == [28, 28]
+    assert_same(run, train(small(stages=stages), tmp_path / "none"))
 
 
 @pytest.fixture

@@ -48,16 +48,16 @@ def test_paper_recipes_use_the_papers_choices(name):
 @pytest.mark.parametrize(
     ("sizes", "why"),
     [
-        ((24, 16, 32), r"each larger than the one before, not \(24, 16, 32\)"),
-        ((16, 16), "each larger"),
-        ((0, 32), "sizes are pixels"),
-        ((16, 24), "the sizes of stage cnn end with 24, but must with the size of the images, 32"),
+        ((0.75, 0.5, 1), r"each larger than the one before and the last of them 1, not \(0.75, 0.5, 1\)"),
+        ((0.5, 0.5, 1), "each larger"),
+        ((0, 1), "shares"),
+        ((16, 32), "shares"),
+        ((0.5, 0.75), "the last of them 1"),
     ],
 )
 def test_sizes_grow_to_that_of_the_images(sizes, why):
     with pytest.raises(ValueError, match=why):
-        Recipe("mine", "", "vgg-quick", (Stage(None, 1, 0.1, sizes=sizes),))
-    assert Recipe("mine", "", "vgg-quick", (Stage(None, 1, 0.1, sizes=(16, 24)),), size=24).stages[0].sizes == (16, 24)
+        Stage(None, 1, 0.1, sizes=sizes)
 
 
 def test_unknown_recipe_suggests_the_nearest():

@@ -83,7 +83,7 @@ def _curves(group: Group) -> Figure | None:
         ends = [min(row["epoch"], stage.epochs) for row in rows]  # that of the last step may be a part of an epoch
         x, line = [done + end for end in ends], {"color": COLOURS[index % len(COLOURS)]}
         both = {"x": x, "mode": "lines+markers", "name": name, "marker": {"size": 4}, "legendgroup": name}
-        accuracy = {"y": [row["val_accuracy"] for row in rows], "line": line}
+        accuracy = {"y": [row["val_accuracy"] for row in rows], "line": line, "connectgaps": True}  # some unvalidated
         accuracy |= {"hovertemplate": name + ", epoch %{x:.1f}: %{y:.2f} %<extra></extra>"}
         loss = {"y": [row["loss"] for row in rows], "yaxis": "y2", "line": line | {"dash": "dot"}, "showlegend": False}
         loss |= {"hovertemplate": name + ", loss %{y:.3f}<extra></extra>"}

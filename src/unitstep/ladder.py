@@ -262,7 +262,6 @@ def convert(
         load_weights_(cnn.get_submodule("cnn") if ":" in recipe.net else cnn, weights)
     images, val = calibration_images(recipe, split).to(where), val.to(where)
     _check_output(recipe, cnn, split.classes)
-    _check_sizes(recipe, cnn, 1, len(split.classes), where)
     steps = recipe.stages[1].steps or 1
     snn = to_spiking(cnn, images, steps=steps, **structure(recipe, cnn), **finding(recipe))
     before, after = accuracy(cnn, val, None, where), accuracy(snn, val, steps, where)
@@ -299,27 +298,30 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
         )
 
 
-def _check_sizes(recipe: Recipe, net: nn.Module, first: int, classes: int, device: torch.device) -> None:
-    """ValueError if `net`, the recipe's CNN or what became of it, cannot be trained at the sizes of the stages from
-    number `first` on."""
-    for stage in recipe.stages[first:]:
-        for size in stage.sizes:
-            images = torch.zeros(2, recipe.channels, size, size, dtype=torch.uint8, device=device)
-            try:
-                with torch.no_grad():
-                    shape = list(forward(net.eval(), images, stage.steps if isinstance(net, Spiking) else None).shape)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever the user's code raises
-                shape, why = [], f"{type(error).__name__}: {error}"
-            else:
-                why = f"of 2 images it makes {shape}"
-            if shape != [2, classes]:
-                raise ValueError(
-                    f"{recipe.net} takes no images of {size}×{size} pixels ({why}), which are among the sizes of stage "
-                    f"{stage.name}: leave them out. A network of your own takes them if it pools to a fixed size, as "
-                    "nn.AdaptiveAvgPool2d(1) does, before it flattens"
-                )
+def _sizes(recipe: Recipe, stage: Stage, net: nn.Module, classes: int) -> tuple[int, ...]:
+    """Heights and widths, in pixels, of the stage's training images: full size alone, with a warning, if `net` does not
+    take the smaller ones."""
+    sizes = tuple(max(1, round(share * recipe.size)) for share in stage.sizes)
+    for size in sizes[:-1]:
+        images = torch.zeros(2, recipe.channels, size, size, dtype=torch.uint8, device=next(net.buffers()).device)
+        try:
+            with torch.no_grad():
+                shape = list(forward(net.eval(), images, stage.steps).shape)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the user's code raises
+            shape, why = [], f"{type(error).__name__}: {error}"
+        else:
+            why = f"of 2 images it makes {shape}"
+        if shape != [2, classes]:
+            warnings.warn(
+                f"{recipe.net} takes no images of {size}×{size} pixels ({why}): stage {stage.name} is trained at "
+                f"{recipe.size}×{recipe.size} throughout, which takes longer. A network takes smaller images if it "
+                "pools to a fixed size, as nn.AdaptiveAvgPool2d(1) does, before it flattens",
+                stacklevel=2,
+            )
+            return ()
+    return sizes
 
 
 def load_weights_(net: nn.Module, path: str | Path) -> None:
@@ -372,7 +374,7 @@ class _Fit:
         state = self._saved_state()
         net = self._start(fresh=state is None)
         self.net = net.to(device)
-        _check_sizes(run.recipe, self.net, index, len(train.classes), device)
+        self.sizes = _sizes(run.recipe, self.stage, self.net, len(train.classes))
         if run.recipe.whiten:
             images = calibration_images(run.recipe, train)
             given = () if self.stage.steps is None else (1,)  # step; pixels are the same at each
@@ -486,7 +488,7 @@ class _Fit:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        before, now = (training_size(self.stage, step, self.total) for step in (self.step - 1, self.step))
+        before, now = (training_size(self.sizes, step, self.total) for step in (self.step - 1, self.step))
         if self.replayed and now != before:  # another computation
             self.replayed = Replayed(self._compute)
         loss = self.replayed(images, labels) if self.replayed else self._compute(images, labels)
@@ -501,7 +503,7 @@ class _Fit:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         parts = min(self.stage.accumulate, len(images))
-        size = training_size(self.stage, self.step, self.total)
+        size = training_size(self.sizes, self.step, self.total)
         for part, target in zip(images.chunk(parts), labels.chunk(parts), strict=True):
             wanted = None
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -534,16 +536,18 @@ class _Fit:
             )
 
     def _end_epoch(self, epoch: int, clock: float) -> None:
-        """Validate, keep the weights if they are the best so far (on a tie the later ones) or the last count, log.
-        clock: when the epoch's last step began."""
+        """Validate if it is time for it, and keep the weights then if they are the best so far (on a tie the later
+        ones) or the last count; log. clock: when the epoch's last step began."""
         self._check_finite()  # waits for the device
         trained = time.monotonic()
         images = (self.step - self.since[0]) * min(self.stage.batch, len(self.train))
         loss = torch.stack(self.losses).mean().item()
         self.losses = []
-        val = accuracy(self.net, self.val, self.stage.steps, self.device)
+        val: float | None = None
+        if epoch % self.stage.validate_every == 0 or self.step == self.total:
+            val = accuracy(self.net, self.val, self.stage.steps, self.device)
         validated = time.monotonic()
-        if val >= self.best_accuracy or self.stage.keep == "last":
+        if val is not None and (val >= self.best_accuracy or self.stage.keep == "last"):
             self.best_accuracy = val
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in plain_state(self.net).items()}
         row = {
@@ -554,6 +558,7 @@ class _Fit:
             "loss": round(loss, 5),
             "val_accuracy": val,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "size": training_size(self.sizes, self.step - 1, self.total) or self.run.recipe.size,
             "seconds": round(self.seconds + validated - clock, 1),
             "images_per_second": round(images / (trained - self.since[1]), 1),  # without validation
             "val_seconds": round(validated - trained, 3),
@@ -659,9 +664,10 @@ def learning_rate(stage: Stage, step: int, total: int) -> float:
     return stage.lr * (1 - done) / (1 - stage.warmup)
 
 
-def training_size(stage: Stage, step: int, total: int) -> int | None:
-    """Height and width of the images of optimiser step `step` (from 0) of `total`; None: as they come."""
-    return stage.sizes[((step + 1) * len(stage.sizes) - 1) // total] if stage.sizes else None
+def training_size(sizes: tuple[int, ...], step: int, total: int) -> int | None:
+    """Height and width of the images of optimiser step `step` (from 0) of `total`, each of `sizes` for an equal part;
+    None: as they come."""
+    return sizes[((step + 1) * len(sizes) - 1) // total] if sizes else None
 
 
 def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.optim.Optimizer:

@@ -38,9 +38,10 @@ class Stage:
     """Decay of weight matrices and kernels (not of thresholds, leaks, biases and batch norms)."""
     batch: int = 128
     """Images per optimiser step."""
-    sizes: tuple[int, ...] = ()
-    """Heights and widths, in pixels, that training images are shrunk to before the last, which is the recipe's `size`:
-    each for an equal share of the stage, which takes less time so; none: that size throughout."""
+    sizes: tuple[float, ...] = ()
+    """Heights and widths of the training images, as shares of the recipe's `size` that end with 1, such as 0.5, 0.75,
+    1: each for an equal part of the stage, which takes less time so. Empty: full size throughout, as for a network that
+    does not take smaller images, of which training warns."""
     accumulate: int = 1
     """Parts that a batch is cut into, to save memory; their gradients are summed."""
     warmup: float = 0.0
@@ -63,6 +64,9 @@ class Stage:
 
     keep: Literal["best", "last"] = "best"
     """Which epoch's weights the stage ends with: the best on the validation images, or the last."""
+    validate_every: int = 1
+    """Epochs from one validation to the next, which on a processor takes some 4 % of an epoch; after the last there
+    always is one."""
     recompute: bool = False
     """Compute batch norms, neurons and pools of a spiking stage again in the backward pass instead of keeping
     their outputs: less memory at five timesteps, for 2 to 15 % of the speed. Of no use in the CNN. On a GPU, steps
@@ -73,15 +77,18 @@ class Stage:
             raise ValueError(f"a stage needs steps of 1 or more (or None for the CNN), not {self.steps}")
         if not 0 <= self.epochs < math.inf:
             raise ValueError(f"a stage's epochs must be 0 or more, and finite, not {self.epochs}")
-        for field in ("lr", "vector_lr", "batch", "accumulate", "factor"):
+        for field in ("lr", "vector_lr", "batch", "accumulate", "factor", "validate_every"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"a stage's {field} must be greater than 0, and finite, not {getattr(self, field)}")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"a batch of {self.batch} images cannot be cut into {self.accumulate} equal parts (accumulate)"
             )
-        if [*self.sizes] != sorted({*self.sizes}) or min(self.sizes, default=1) < 1:
-            raise ValueError(f"a stage's sizes are pixels, each larger than the one before, not {self.sizes}")
+        if [*self.sizes] != sorted({*self.sizes}) or (self.sizes and not 0 < self.sizes[0] <= self.sizes[-1] == 1):
+            raise ValueError(
+                "a stage's sizes are shares of the size of the images, each larger than the one before and the last of "
+                f"them 1, not {self.sizes}"
+            )
         for share in (self.warmup, self.label_smoothing, *self.milestones):
             if not 0 <= share < 1:
                 raise ValueError(f"warmup, label_smoothing and milestones are shares from 0 to 1, not {share}")
@@ -194,11 +201,6 @@ class Recipe:
             )
         if self.size < 1 or self.channels not in (1, 3):
             raise ValueError(f"size must be at least 1 pixel and channels 1 or 3, not {self.size} and {self.channels}")
-        if wrong := next((stage for stage in self.stages if stage.sizes and stage.sizes[-1] != self.size), None):
-            raise ValueError(
-                f"the sizes of stage {wrong.name} end with {wrong.sizes[-1]}, but must with the size of the images, "
-                f"{self.size}, which the network is validated and used with"
-            )
         if self.padding < 0 or self.cutout < 0:
             raise ValueError(f"padding and cutout must be 0 or more pixels, not {self.padding} and {self.cutout}")
         if self.cutout and self.augment in ("none", "resized-crop-flip"):
