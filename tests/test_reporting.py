@@ -119,9 +119,11 @@ def test_training_cost_from_a_log_and_from_one_of_an_older_version(measured, tmp
     run = copied(measured, tmp_path / "run", lambda found: None)
     row = {"stage": 0, "epoch": 1, "step": 5, "loss": 1.0, "val_accuracy": 50.0, "lr": 0.1, "seconds": 2.0}
     added = {"images_per_second": 100.0, "val_seconds": run.stages[0].seconds / 4, "memory": 300_000_000}
-    rows = [row | added, row | {"stage": 1}]  # the second is of an older version
+    rows = [row | added | {"size": 14, "val_accuracy": None}, row | {"stage": 1}]  # the second is of an older version
     (run.path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report([run], tmp_path / "report.md", format="md").read_text()
+    assert "A stage that begins with smaller images" in text
+    assert '"y": [null]' in report([run], tmp_path / "report.html").read_text()
     first, second = (stage.seconds for stage in run.stages[:2])
     assert f"| CNN | 0.2 | 100 | {first:.0f} | 25 | 300 |" in text
     assert f"| T = 2 | 0.07 |  | {second:.0f} |  |  |" in text

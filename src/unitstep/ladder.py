@@ -298,9 +298,9 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
         )
 
 
-def _sizes(recipe: Recipe, stage: Stage, net: nn.Module, classes: int) -> tuple[int, ...]:
-    """Heights and widths, in pixels, of the stage's training images: full size alone, with a warning, if `net` does not
-    take the smaller ones."""
+def _sizes(recipe: Recipe, stage: Stage, net: nn.Module, classes: int, *, warn: bool) -> tuple[int, ...]:
+    """Heights and widths, in pixels, of the stage's training images; none, which is full size, if `net` does not take
+    all of the smaller ones."""
     sizes = tuple(max(1, round(share * recipe.size)) for share in stage.sizes)
     for size in sizes[:-1]:
         images = torch.zeros(2, recipe.channels, size, size, dtype=torch.uint8, device=next(net.buffers()).device)
@@ -314,12 +314,13 @@ def _sizes(recipe: Recipe, stage: Stage, net: nn.Module, classes: int) -> tuple[
         else:
             why = f"of 2 images it makes {shape}"
         if shape != [2, classes]:
-            warnings.warn(
-                f"{recipe.net} takes no images of {size}×{size} pixels ({why}): stage {stage.name} is trained at "
-                f"{recipe.size}×{recipe.size} throughout, which takes longer. A network takes smaller images if it "
-                "pools to a fixed size, as nn.AdaptiveAvgPool2d(1) does, before it flattens",
-                stacklevel=2,
-            )
+            if warn:
+                warnings.warn(
+                    f"{recipe.net} takes no images of {size}×{size} pixels ({why}): stage {stage.name} is trained at "
+                    f"{recipe.size}×{recipe.size} throughout, which takes longer. A network takes smaller images if it "
+                    "pools to a fixed size, as nn.AdaptiveAvgPool2d(1) does, before it flattens",
+                    stacklevel=2,
+                )
             return ()
     return sizes
 
@@ -374,7 +375,7 @@ class _Fit:
         state = self._saved_state()
         net = self._start(fresh=state is None)
         self.net = net.to(device)
-        self.sizes = _sizes(run.recipe, self.stage, self.net, len(train.classes))
+        self.sizes = _sizes(run.recipe, self.stage, self.net, len(train.classes), warn=state is None)
         if run.recipe.whiten:
             images = calibration_images(run.recipe, train)
             given = () if self.stage.steps is None else (1,)  # step; pixels are the same at each
@@ -558,7 +559,8 @@ class _Fit:
             "loss": round(loss, 5),
             "val_accuracy": val,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "size": training_size(self.sizes, self.step - 1, self.total) or self.run.recipe.size,
+            # of the epoch's first images
+            "size": training_size(self.sizes, (epoch - 1) * self.per_epoch, self.total) or self.run.recipe.size,
             "seconds": round(self.seconds + validated - clock, 1),
             "images_per_second": round(images / (trained - self.since[1]), 1),  # without validation
             "val_seconds": round(validated - trained, 3),

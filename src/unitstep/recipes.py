@@ -41,7 +41,7 @@ class Stage:
     sizes: tuple[float, ...] = ()
     """Heights and widths of the training images, as shares of the recipe's `size` that end with 1, such as 0.5, 0.75,
     1: each for an equal part of the stage, which takes less time so. Empty: full size throughout, as for a network that
-    does not take smaller images, of which training warns."""
+    does not take all of them, of which training warns."""
     accumulate: int = 1
     """Parts that a batch is cut into, to save memory; their gradients are summed."""
     warmup: float = 0.0

@@ -95,7 +95,7 @@ class Run:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """One row per epoch: stage, epoch, loss, val_accuracy, lr, seconds, …"""
+        """One row per epoch: stage, epoch, loss, val_accuracy (None: not validated), lr, seconds, …"""
         path = self.path / "log.jsonl"
         try:
             rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

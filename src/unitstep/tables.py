@@ -83,7 +83,7 @@ def training_table(group: Group) -> Table:
         "second: median of the epochs, without validation; a first epoch may have compiled the neurons. Memory: what "
         "torch had allocated on a GPU, else the whole process's."
     )
-    if any(stage.sizes for stage in run.recipe.stages):
+    if any(row.get("size", run.recipe.size) < run.recipe.size for row in log):
         note += " A stage that begins with smaller images has more of these per second."
     return Table("Training cost", columns, rows, note)
 
