@@ -41,7 +41,16 @@ LADDERS: dict[str, tuple[int, ...]] = {  # timesteps of the rungs above T = 1
 }  # fmt: skip
 CNN = Recipe("control-cnn", "", "vgg-small", (Stage(None, CNN_EPOCHS, 0.1),), padding=2, border="mirror", whiten=True)
 PENALTIES = (0.001, 0.002, 0.003, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)
-VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept: fields of the recipe or of its stages
+VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept: fields of the recipe, of its spiking
+    # stages, or of its CNN
+    "smoothing 0": {"label_smoothing": 0.0},
+    "warmup 0": {"warmup": 0.0},
+    "calibration images 64": {"calibration_images": 64},
+    "CNN smoothing 0": {"cnn": {"label_smoothing": 0.0}},
+    "CNN warmup 0": {"cnn": {"warmup": 0.0}},
+    "CNN decay 0": {"cnn": {"weight_decay": 0.0}},
+    "CNN lr 0.05": {"cnn": {"lr": 0.05}},
+    "CNN lr 0.2": {"cnn": {"lr": 0.2}},
     "weights of 8 bits": {"weight_bits": 8},
     "batch norm folded first": {"norm": "fold"},
     "max pools": {"pool": "max"},
@@ -80,7 +89,8 @@ class Control:
         lr = 0.1 if kept else 0.02
         cnn = Stage(None, epochs, lr, "nesterov", 5e-4, vector_lr=8.0, warmup=0.2, label_smoothing=0.1)
         spiking = Stage(1, COST, 2e-3 if kept else 1e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1)
-        changes = VARIANTS.get(self.variant, {})
+        changes = {**VARIANTS.get(self.variant, {})}
+        cnn = replace(cnn, **changes.pop("cnn", {}))
         of_stages = {key: value for key, value in changes.items() if hasattr(spiking, key)}
         spiking = replace(spiking, **of_stages)
         upper = LADDERS[self.ladder]
@@ -111,7 +121,8 @@ def run(control: Control, data: str, out: Path, deadline: float, **options: Any)
     if control.ladder != SCRATCH:  # one CNN for all ladders of a seed
         norm: Norm = "none" if recipe.norm == "none" else "keep"
         alone = replace(CNN, data=data, stages=recipe.stages[:1], seed=recipe.seed, norm=norm, pool=recipe.pool)
-        cnn = train(alone, out / f"cnn-{norm}-{recipe.pool}-{recipe.seed}", time_limit=left(), **options)
+        own = f"-{control.variant}".replace(" ", "_") if "cnn" in VARIANTS.get(control.variant, {}) else ""
+        cnn = train(alone, out / f"cnn-{norm}-{recipe.pool}-{recipe.seed}{own}", time_limit=left(), **options)
         if not cnn.stages:
             return None
     made = train(recipe, out / control.folder, cnn=cnn, time_limit=left(), **options)
