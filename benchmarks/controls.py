@@ -121,8 +121,9 @@ def run(control: Control, data: str, out: Path, deadline: float, **options: Any)
     if control.ladder != SCRATCH:  # one CNN for all ladders of a seed
         norm: Norm = "none" if recipe.norm == "none" else "keep"
         alone = replace(CNN, data=data, stages=recipe.stages[:1], seed=recipe.seed, norm=norm, pool=recipe.pool)
-        own = f"-{control.variant}".replace(" ", "_") if "cnn" in VARIANTS.get(control.variant, {}) else ""
-        cnn = train(alone, out / f"cnn-{norm}-{recipe.pool}-{recipe.seed}{own}", time_limit=left(), **options)
+        own = "cnn" in VARIANTS.get(control.variant, {})
+        of = control.folder if own else f"{norm}-{recipe.pool}-{recipe.seed}"
+        cnn = train(alone, out / f"cnn-{of}", time_limit=left(), **options)
         if not cnn.stages:
             return None
     made = train(recipe, out / control.folder, cnn=cnn, time_limit=left(), **options)

@@ -299,9 +299,9 @@ def _check_output(recipe: Recipe, cnn: nn.Module, classes: tuple[str, ...]) -> N
 
 
 def _sizes(recipe: Recipe, stage: Stage, net: nn.Module, classes: int, *, warn: bool) -> tuple[int, ...]:
-    """Heights and widths, in pixels, of the stage's training images; none, which is full size, if `net` does not take
-    all of the smaller ones."""
-    sizes = tuple(max(1, round(share * recipe.size)) for share in stage.sizes)
+    """Heights and widths, in pixels, of the stage's training images; full size alone if `net` does not take all of the
+    smaller ones."""
+    sizes = tuple(max(1, round(share * recipe.size)) for share in stage.sizes or (1,))
     for size in sizes[:-1]:
         images = torch.zeros(2, recipe.channels, size, size, dtype=torch.uint8, device=next(net.buffers()).device)
         try:
@@ -321,7 +321,7 @@ def _sizes(recipe: Recipe, stage: Stage, net: nn.Module, classes: int, *, warn: 
                     "pools to a fixed size, as nn.AdaptiveAvgPool2d(1) does, before it flattens",
                     stacklevel=2,
                 )
-            return ()
+            return (recipe.size,)
     return sizes
 
 
@@ -511,8 +511,7 @@ class _Fit:
                 if self.teacher is not None:
                     wanted = forward(self.teacher, part, None).float()
                 with counted(self.net, self.stage.spike_penalty > 0) as spikes:
-                    small = part if size is None else shrunk(part, size)
-                    logits = forward(self.trained, small, self.stage.steps)
+                    logits = forward(self.trained, shrunk(part, size), self.stage.steps)
             loss = loss_of(logits.float(), target, self.stage, wanted)
             if spikes:
                 loss = loss + self.stage.spike_penalty * spikes_per_neuron(spikes, len(part))
@@ -559,8 +558,7 @@ class _Fit:
             "loss": round(loss, 5),
             "val_accuracy": val,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
-            # of the epoch's first images
-            "size": training_size(self.sizes, (epoch - 1) * self.per_epoch, self.total) or self.run.recipe.size,
+            "size": training_size(self.sizes, (epoch - 1) * self.per_epoch, self.total),  # of the epoch's first images
             "seconds": round(self.seconds + validated - clock, 1),
             "images_per_second": round(images / (trained - self.since[1]), 1),  # without validation
             "val_seconds": round(validated - trained, 3),
@@ -666,10 +664,9 @@ def learning_rate(stage: Stage, step: int, total: int) -> float:
     return stage.lr * (1 - done) / (1 - stage.warmup)
 
 
-def training_size(sizes: tuple[int, ...], step: int, total: int) -> int | None:
-    """Height and width of the images of optimiser step `step` (from 0) of `total`, each of `sizes` for an equal part;
-    None: as they come."""
-    return sizes[((step + 1) * len(sizes) - 1) // total] if sizes else None
+def training_size(sizes: tuple[int, ...], step: int, total: int) -> int:
+    """Side of the images at optimiser step `step` (from 0) of `total`: each of `sizes` for an equal part."""
+    return sizes[((step + 1) * len(sizes) - 1) // total]
 
 
 def _optimizer(net: nn.Module, stage: Stage, device: torch.device) -> torch.optim.Optimizer:
