@@ -8,8 +8,8 @@ number of epochs each. A CNN costs as much per pass as T = 1, so training from s
 All accuracies are of the validation images: ladders are chosen here.
 
 The record is written after every run; the same command goes on. Seeds are outermost, so that what is there after any
-seed is complete. `--variants LADDER` changes one thing at a time on that ladder instead. At the end
-docs/controls-table.md and docs/controls.png are written.
+seed is complete. `--variants LADDER` changes one thing at a time on that ladder instead, `--only` some of them. At the
+end docs/controls-table.md and docs/controls.png are written.
 """
 
 import argparse
@@ -41,16 +41,20 @@ LADDERS: dict[str, tuple[int, ...]] = {  # timesteps of the rungs above T = 1
 }  # fmt: skip
 CNN = Recipe("control-cnn", "", "vgg-small", (Stage(None, CNN_EPOCHS, 0.1),), padding=2, border="mirror", whiten=True)
 PENALTIES = (0.001, 0.002, 0.003, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)
+COMMON: dict[str, dict[str, Any]] = {  # what the recipes took from common practice, and what it is compared with
+    "fp32": {},
+    "fp32, smoothing 0": {"label_smoothing": 0.0},
+    "fp32, warmup 0": {"warmup": 0.0},
+    "fp32, 64 calibration images": {"calibration_images": 64},
+    "fp32, CNN smoothing 0": {"cnn": {"label_smoothing": 0.0}},
+    "fp32, CNN warmup 0": {"cnn": {"warmup": 0.0}},
+    "fp32, CNN decay 0": {"cnn": {"weight_decay": 0.0}},
+    "fp32, CNN lr 0.05": {"cnn": {"lr": 0.05}},
+    "fp32, CNN lr 0.2": {"cnn": {"lr": 0.2}},
+}
 VARIANTS: dict[str, dict[str, Any]] = {  # one change each, with batch norm kept: fields of the recipe, of its spiking
-    # stages, or of its CNN
-    "smoothing 0": {"label_smoothing": 0.0},
-    "warmup 0": {"warmup": 0.0},
-    "calibration images 64": {"calibration_images": 64},
-    "CNN smoothing 0": {"cnn": {"label_smoothing": 0.0}},
-    "CNN warmup 0": {"cnn": {"warmup": 0.0}},
-    "CNN decay 0": {"cnn": {"weight_decay": 0.0}},
-    "CNN lr 0.05": {"cnn": {"lr": 0.05}},
-    "CNN lr 0.2": {"cnn": {"lr": 0.2}},
+    # stages, or of its CNN; or the precision, which is found by `auto` elsewhere (bf16 in the record)
+    **{variant: {"precision": "fp32", **change} for variant, change in COMMON.items()},
     "weights of 8 bits": {"weight_bits": 8},
     "batch norm folded first": {"norm": "fold"},
     "max pools": {"pool": "max"},
@@ -90,6 +94,7 @@ class Control:
         cnn = Stage(None, epochs, lr, "nesterov", 5e-4, vector_lr=8.0, warmup=0.2, label_smoothing=0.1)
         spiking = Stage(1, COST, 2e-3 if kept else 1e-3, "adamw", 0.2, warmup=0.1, label_smoothing=0.1)
         changes = {**VARIANTS.get(self.variant, {})}
+        changes.pop("precision", None)  # not of the recipe
         cnn = replace(cnn, **changes.pop("cnn", {}))
         of_stages = {key: value for key, value in changes.items() if hasattr(spiking, key)}
         spiking = replace(spiking, **of_stages)
@@ -102,10 +107,12 @@ class Control:
         return replace(CNN, name="control", data=data, stages=(cnn, *rungs, last), seed=self.seed, **fields)
 
 
-def controls(variants: str | None, seeds: Sequence[int] = SEEDS) -> Iterator[Control]:
+def controls(
+    variants: str | None, seeds: Sequence[int] = SEEDS, only: Sequence[str] = tuple(VARIANTS)
+) -> Iterator[Control]:
     for seed in seeds:
         if variants:
-            yield from (Control(variants, "keep", variant, seed) for variant in VARIANTS)
+            yield from (Control(variants, "keep", variant, seed) for variant in only)
         else:
             yield from (Control(ladder, norm, "", seed) for norm in NORMS for ladder in LADDERS)
 
@@ -113,6 +120,9 @@ def controls(variants: str | None, seeds: Sequence[int] = SEEDS) -> Iterator[Con
 def run(control: Control, data: str, out: Path, deadline: float, **options: Any) -> dict[str, Any] | None:
     """Train, and measure on the validation images; None if the time was up before."""
     recipe = control.recipe(data)
+    change = VARIANTS.get(control.variant, {})
+    precision = change.get("precision", "auto")
+    options = {**options, "precision": precision}
 
     def left() -> float:
         return max(0.0, (deadline - time.monotonic()) / 60)
@@ -121,8 +131,8 @@ def run(control: Control, data: str, out: Path, deadline: float, **options: Any)
     if control.ladder != SCRATCH:  # one CNN for all ladders of a seed
         norm: Norm = "none" if recipe.norm == "none" else "keep"
         alone = replace(CNN, data=data, stages=recipe.stages[:1], seed=recipe.seed, norm=norm, pool=recipe.pool)
-        own = "cnn" in VARIANTS.get(control.variant, {})
-        of = control.folder if own else f"{norm}-{recipe.pool}-{recipe.seed}"
+        own = "cnn" in change
+        of = control.folder if own else f"{norm}-{recipe.pool}-{precision}-{recipe.seed}"
         cnn = train(alone, out / f"cnn-{of}", time_limit=left(), **options)
         if not cnn.stages:
             return None
@@ -217,11 +227,12 @@ def main() -> None:
     parser.add_argument(
         "--variants", metavar="LADDER", choices=list(LADDERS), help="the variants, on this ladder, instead"
     )
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="of the variants")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     done = {(row["ladder"], row["norm"], row["variant"], row["seed"]) for row in recorded()}
-    for control in controls(options.variants, options.seeds):
+    for control in controls(options.variants, options.seeds, options.only):
         if (control.ladder, control.norm, control.variant, control.seed) in done:
             continue
         row = run(control, options.data, options.out, deadline, device=options.device)
