@@ -2,32 +2,33 @@
 
     python -m benchmarks.controls --data IMAGES --out RUNS     goes on with benchmarks/records/controls.json
 
-IMAGES is CIFAR-10. Every run trains the same small network, starts from the same CNN of its seed, and costs the same:
-COST passes over the images, a pass at T timesteps counting T times. Half of it goes to the rungs above T = 1, the same
-number of epochs each. A CNN costs as much per pass as T = 1, so training from scratch gets the CNN's passes as well.
-All accuracies are of the validation images: ladders are chosen here.
+IMAGES is CIFAR-10. Every ladder trains the same small network, starts from the same CNN of its seed, and costs the
+same: COST passes over the images, a pass at T timesteps counting T times. Half of it goes to the rungs above T = 1, the
+same number of epochs each. A CNN costs as much per pass as T = 1, so training from scratch gets the CNN's passes as
+well. All accuracies are of the validation images: ladders are chosen here.
 
 The record is written after every run; the same command goes on. Seeds are outermost, so that what is there after any
-seed is complete. `--variants LADDER` changes one thing at a time on that ladder instead, `--only` some of them. At the
-end docs/controls-table.md and docs/controls.png are written.
+seed is complete. `--variants LADDER` changes one thing at a time on that ladder instead (its passes stay, whatever they
+cost then), `--only` some of them. At the end docs/controls-table.md and docs/controls.png are written.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, Literal
 
+from benchmarks.record import append
+from benchmarks.record import rows as recorded
 from unitstep.data import load_train
-from unitstep.files import write_json
-from unitstep.groups import cell
+from unitstep.groups import averaged, cell
 from unitstep.ladder import train
 from unitstep.measurement import measure
-from unitstep.recipes import Recipe, Stage
+from unitstep.recipes import Recipe, Stage, without_folder
 from unitstep.runs import Run
+from unitstep.tables import markdown
 
 HERE = Path(__file__).parent
 RECORD = HERE / "records" / "controls.json"
@@ -39,7 +40,7 @@ FULL, STRAIGHT, SCRATCH = "5→4→3→2→1", "straight to 1", "from scratch"
 LADDERS: dict[str, tuple[int, ...]] = {  # timesteps of the rungs above T = 1
     FULL: (5, 4, 3, 2), "5→3→1": (5, 3), "5→1": (5,), "3→2→1": (3, 2), STRAIGHT: (), SCRATCH: (),
 }  # fmt: skip
-CNN = Recipe("control-cnn", "", "vgg-small", (Stage(None, CNN_EPOCHS, 0.1),), padding=2, border="mirror", whiten=True)
+BASE = Recipe("control", "", "vgg-small", (Stage(None, CNN_EPOCHS, 0.1),), padding=2, border="mirror", whiten=True)
 PENALTIES = (0.001, 0.002, 0.003, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)
 COMMON: dict[str, dict[str, Any]] = {  # what the recipes took from common practice, and what it is compared with
     "fp32": {},
@@ -104,7 +105,7 @@ class Control:
         if self.ladder == SCRATCH:
             last = replace(last, epochs=COST + CNN_EPOCHS)
         fields = {"norm": self.norm, **{key: value for key, value in changes.items() if key not in of_stages}}
-        return replace(CNN, name="control", data=data, stages=(cnn, *rungs, last), seed=self.seed, **fields)
+        return replace(BASE, data=data, stages=(cnn, *rungs, last), seed=self.seed, **fields)
 
 
 def controls(
@@ -130,7 +131,9 @@ def run(control: Control, data: str, out: Path, deadline: float, **options: Any)
     cnn: Run | None = None
     if control.ladder != SCRATCH:  # one CNN for all ladders of a seed
         norm: Norm = "none" if recipe.norm == "none" else "keep"
-        alone = replace(CNN, data=data, stages=recipe.stages[:1], seed=recipe.seed, norm=norm, pool=recipe.pool)
+        alone = replace(
+            BASE, name="control-cnn", data=data, stages=recipe.stages[:1], seed=recipe.seed, norm=norm, pool=recipe.pool
+        )
         own = "cnn" in change
         of = control.folder if own else f"{norm}-{recipe.pool}-{precision}-{recipe.seed}"
         cnn = train(alone, out / f"cnn-{of}", time_limit=left(), **options)
@@ -148,19 +151,16 @@ def run(control: Control, data: str, out: Path, deadline: float, **options: Any)
             {"steps": stage.stage.steps, "epochs": stage.stage.epochs, "val_accuracy": stage.val_accuracy}
             | {"spikes_per_neuron": found.spikes_per_neuron, "seconds": stage.seconds, "layers": layers}
         )
-    return {**asdict(control), "stages": stages, "val_images": len(val), **made.trained}
+    whole = without_folder(recipe).to_dict()
+    return {**asdict(control), "stages": stages, "val_images": len(val), "recipe": whole, **made.trained}
 
 
-def recorded() -> list[dict[str, Any]]:
-    return json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
-
-
-def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """The runs of each (norm, ladder, variant), one per seed."""
+def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], list[dict[str, Any]]]:
+    """The runs of each (norm, ladder, variant, precision), one per seed."""
     order = ["", *VARIANTS]
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (order.index(row["variant"]), NORMS.index(row["norm"]), row["seed"])):
-        found.setdefault((row["norm"], row["ladder"], row["variant"]), []).append(row)
+        found.setdefault((row["norm"], row["ladder"], row["variant"], row["precision"]), []).append(row)
     return found
 
 
@@ -168,53 +168,48 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Validation accuracy in percent: one line per ladder or variant; mean, and ± the standard deviation over seeds."""
 
     def of(values: list[float], digits: int) -> str:
-        return cell(mean(values), digits, stdev(values) if len(values) > 1 else None)
+        average, spread = averaged(values)
+        return cell(average, digits, spread)
 
-    text = [
-        "| batch norm | ladder | changed | CNN | before T = 1 | T = 1 | spikes per neuron | dead, worst layer | n |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (norm, ladder, variant), runs in lines(rows).items():
+    names = ("batch norm", "ladder", "changed", "precision", "CNN", "before T = 1", "T = 1", "spikes per neuron")
+    text = list[Sequence[str]]()
+    for (norm, ladder, variant, precision), runs in lines(rows).items():
         cnn = "" if ladder == SCRATCH else of([run["stages"][0]["val_accuracy"] for run in runs], 1)
         above = of([run["stages"][-2]["val_accuracy"] for run in runs], 1) if LADDERS[ladder] else ""
         last = [run["stages"][-1] for run in runs]
         dead = of([100 * max(layer["dead"] for layer in stage["layers"]) for stage in last], 0)
-        cells = [norm, ladder, variant, cnn, above, of([stage["val_accuracy"] for stage in last], 1)]
-        cells += [of([stage["spikes_per_neuron"] for stage in last], 3), f"{dead} %", str(len(runs))]
-        text.append(f"| {' | '.join(cells)} |")
-    return "\n".join(text) + "\n"
+        cells = [norm, ladder, variant, precision, cnn, above, of([stage["val_accuracy"] for stage in last], 1)]
+        text.append([*cells, of([stage["spikes_per_neuron"] for stage in last], 3), f"{dead} %", str(len(runs))])
+    return markdown((*names, "dead, worst layer", "n"), text) + "\n"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Left: accuracy at T = 1 of each ladder, one dot per seed. Right: spikes per neuron in each layer there, for the
-    whole ladder and straight."""
+    """Above: accuracy at T = 1 of each ladder, one dot per seed. Below: spikes per neuron in each layer there, of three
+    of them. Left with batch norm, right without."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    dots, rates = figure.subplots(1, 2)
-    colours = {"keep": "C0", "none": "C1"}
-    for (norm, ladder, variant), runs in lines(rows).items():
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, len(NORMS))
+    for (norm, ladder, variant, _), runs in lines(rows).items():
         if variant:
             continue
-        offset = list(LADDERS).index(ladder) + (0.1 if norm == "none" else -0.1)
+        dots, rates = axes[:, NORMS.index(norm)]
         accuracies = [run["stages"][-1]["val_accuracy"] for run in runs]
-        dots.plot([offset] * len(runs), accuracies, "o", color=colours[norm], alpha=0.7, markersize=5)
-        if ladder in (FULL, STRAIGHT):
+        dots.plot([list(LADDERS).index(ladder)] * len(runs), accuracies, "oC0", alpha=0.7, markersize=5)
+        if ladder in (FULL, "5→1", STRAIGHT):
             layers = [run["stages"][-1]["layers"] for run in runs]
             per_layer = [mean(layer["rate"] for layer in same) for same in zip(*layers, strict=True)]
-            style = "-" if ladder == FULL else "--"
-            label = f"{ladder}, batch norm {'kept' if norm == 'keep' else 'none'}"
-            rates.plot(range(1, len(per_layer) + 1), per_layer, f"o{style}", color=colours[norm], label=label)
-    dots.set_xticks(range(len(LADDERS)), list(LADDERS), rotation=25, fontsize=8)
-    dots.set_ylabel("validation accuracy at T = 1, %")
-    for norm, words in (("keep", "batch norm kept"), ("none", "no batch norm")):
-        dots.plot([], [], "o", color=colours[norm], label=words)
-    dots.legend(fontsize=8)
-    rates.set_xlabel("neuron layer")
-    rates.set_ylabel("spikes per neuron at T = 1")
-    rates.legend(fontsize=8)
-    for axis in (dots, rates):
-        axis.grid(alpha=0.3)
+            rates.plot(range(1, len(per_layer) + 1), per_layer, "o-", label=ladder)
+    for (dots, rates), words in zip(axes.T, ("batch norm kept", "no batch norm"), strict=True):
+        dots.set_title(words)
+        dots.set_xticks(range(len(LADDERS)), list(LADDERS), rotation=25, fontsize=8)
+        dots.set_ylabel("validation accuracy at T = 1, %")
+        rates.set_xlabel("neuron layer")
+        rates.set_ylabel("spikes per neuron at T = 1")
+        rates.set_ylim(0)
+        rates.legend(fontsize=8)
+        for axis in (dots, rates):
+            axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 
@@ -230,8 +225,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="of the variants")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
+    if options.only != list(VARIANTS) and options.variants is None:
+        parser.error("--only chooses among the --variants of a ladder: name that, too")
     deadline = time.monotonic() + 60 * options.minutes
-    done = {(row["ladder"], row["norm"], row["variant"], row["seed"]) for row in recorded()}
+    done = {(row["ladder"], row["norm"], row["variant"], row["seed"]) for row in recorded(RECORD)}
     for control in controls(options.variants, options.seeds, options.only):
         if (control.ladder, control.norm, control.variant, control.seed) in done:
             continue
@@ -239,9 +236,9 @@ def main() -> None:
         if row is None:
             print("time is up; the same command goes on")
             break
-        write_json(RECORD, {"schema": 1, "rows": [*recorded(), row]})
+        append(RECORD, row)
         print(f"{control.folder}: {row['stages'][-1]['val_accuracy']:.2f} %", flush=True)
-    if rows := recorded():
+    if rows := recorded(RECORD):
         (HERE.parent / "docs" / "controls-table.md").write_text(table(rows))
         draw(rows, HERE.parent / "docs" / "controls.png")
         print(table(rows))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))  # nothing is installed where this runs
 
+from unitstep import packed
 from unitstep.compact import save_compact
 from unitstep.files import write_json, write_whole
 from unitstep.ladder import train
@@ -71,13 +72,15 @@ RUNS: dict[str, Recipe] = {
     "cifar10-vgg16-2": replace(VGG16, seed=2),
     "cifar10-quick-long-0": LONG,
     "cifar10-vgg16-0": VGG16,
+    "cifar100-vgg16-0": recipe("cifar100-vgg16"),
+    "cifar100-resnet20-0": recipe("cifar100-resnet20"),
 }
 SAME_CNN = {"cifar10-vgg16-conv-straight-0": "cifar10-vgg16-conv-0"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="CIFAR-10 as unitstep pack wrote it")
+    parser.add_argument("--data", required=True, help="CIFAR-10, or CIFAR-100, as unitstep pack wrote it")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder for what is to be kept")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many minutes, to go on later")
@@ -87,15 +90,19 @@ def main() -> None:
     )
     parser.add_argument("--shorter", type=float, default=1.0, help="divide all epochs by this, to try it out")
     parser.add_argument("--weights", action="append", default=[], metavar="NAME", help="a run whose network is kept")
-    parser.add_argument("names", nargs="*", help="runs; all if none is given")
+    parser.add_argument("names", nargs="*", help="runs; all that are of these images if none is given")
     options = parser.parse_args()
     if unknown := {*options.names, *options.weights} - RUNS.keys():
         parser.error(f"there is no run {', '.join(sorted(unknown))}; there are {', '.join(RUNS)}")
+    classes = len(packed.read(Path(options.data))["test"].classes)
+    fitting = [name for name, r in RUNS.items() if classes == (100 if "cifar100" in r.data else 10)]
+    if others := {*options.names, *options.weights} - set(fitting):
+        parser.error(f"the images in {options.data} have {classes} classes: not those of {', '.join(sorted(others))}")
     deadline = time.monotonic() + 60 * options.minutes
     if options.shorter != 1:  # not to be taken for the runs themselves
         options.work, options.out = (folder / f"shorter-{options.shorter:g}" for folder in (options.work, options.out))
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.names or RUNS:
+    for name in options.names or fitting:
         path, weights = options.work / name, name in options.weights
         if (options.out / f"{name}.json").exists() and not (weights and not any(options.out.glob(f"{name}.safe*"))):
             continue
@@ -112,18 +119,18 @@ def main() -> None:
         print(f"{name}: {done} of {len(run.recipe.stages)} stages", *(s.val_accuracy for s in run.stages), flush=True)
         if done < len(run.recipe.stages):
             break
-        found = run.measurement or measure_run(run, device=options.device)
+        found = run.measurement or measure_run(run, data=options.data, device=options.device)
         found["log"] = [{key: row[key] for key in LOGGED} for row in run.log]
         found["recipe"]["data"] = found["data"]["source"] = RUNS[name].data  # not the folder where it lies here
         if options.commit:
             found["commit"] = found["trained"]["commit"] = options.commit
-        write_json(options.out / f"{name}.json", found)
-        print(f"{name}: test {[round(row['test_accuracy'], 2) for row in found['stages']]}", flush=True)
         if weights:
             save_compact(run, path / "compact.safetensors")
             data = (path / "compact.safetensors").read_bytes()
             for number, start in enumerate(range(0, len(data), PART_BYTES)):  # cat puts them together again
                 write_whole(options.out / f"{name}.safetensors.{number}", data[start : start + PART_BYTES])
+        write_json(options.out / f"{name}.json", found)
+        print(f"{name}: test {[round(row['test_accuracy'], 2) for row in found['stages']]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,11 @@ def card(name: str, of_run: dict[str, Any], found: Measurement, right: int) -> s
 
 
 def _shipped_as(r: Recipe) -> str:
-    """The name of the shipped recipe that `r` is but for data and seed; its own if there is none."""
-    same = (name for name, shipped in RECIPES.items() if replace(shipped, name=r.name, data=r.data, seed=r.seed) == r)
-    return next(same, r.name)
+    """The name of the shipped recipe that `r` is but for the seed and where its images are; if there is none, what it
+    was made from."""
+    r = without_folder(r)
+    alike = {name: replace(without_folder(s), name=r.name, seed=r.seed) for name, s in RECIPES.items()}
+    return next((name for name, shipped in alike.items() if shipped == r), f"{r.name}, changed")
 
 
 def main() -> None:

@@ -9,20 +9,19 @@ end.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 
 from benchmarks import gpu
+from benchmarks.record import append, rows
 from unitstep.data import InMemory, load_test, load_train
 from unitstep.evaluation import accuracy
-from unitstep.files import write_json
-from unitstep.groups import cell
+from unitstep.groups import averaged, cell
 from unitstep.ladder import train
 from unitstep.recipes import Recipe, recipe
 from unitstep.runs import provenance
@@ -70,7 +69,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         runs = [row for row in rows if of(row) == (optimizer, rate, straight)]
         if runs:
             columns = [*zip(*(run["held_out"] for run in runs), strict=True)]
-            shown = [cell(mean(c), 2, stdev(c) if len(c) > 1 else None) for c in columns]
+            shown = [cell(value, 2, spread) for value, spread in map(averaged, columns)]
             shown[1:1] = [""] * (6 - len(shown))
             seconds = cell(mean(sum(run["seconds"][1:]) for run in runs), 0)
             lines.append((f"{optimizer} {rate:g}{', straight' * straight}", *shown, seconds, str(len(runs))))
@@ -95,25 +94,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     held, device = held_out(options.data), torch.device("cpu")
-
-    def rows() -> list[dict[str, Any]]:
-        return json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
-
     for optimizer, rate, straight in ARMS:
         for seed in options.seeds:
-            if any((*of(row), row["seed"]) == (optimizer, rate, straight, seed) for row in rows()):
+            if any((*of(row), row["seed"]) == (optimizer, rate, straight, seed) for row in rows(RECORD)):
                 continue
             about: dict[str, Any] = {"optimizer": optimizer, "lr": rate, "seed": seed}
             r, first = arm(optimizer, rate, straight, seed), options.out / f"adamw-{RATE:g}-{seed}"
             path = options.out / f"{optimizer}-{rate:g}{'-straight' * straight}-{seed}"
+            if not first.exists():  # it has a row, but not here
+                train(arm("adamw", RATE, False, seed), first)
             run = train(r, path, cnn=None if path == first else first)
             nets = zip(map(run.net, range(len(r.stages))), r.stages, strict=True)
             about |= {"held_out": [accuracy(net, held, stage.steps, device) for net, stage in nets]}
             about |= {"loss": run.log[-1]["loss"], "seconds": [stage.seconds for stage in run.stages], **provenance()}
-            write_json(RECORD, {"schema": 1, "rows": [*rows(), about]})  # which other processes may have added to
+            append(RECORD, about)
             print(path.name, about["held_out"][-1], flush=True)
-    TABLE.write_text(table(rows()))
-    print(table(rows()))
+    TABLE.write_text(table(rows(RECORD)))
+    print(table(rows(RECORD)))
 
 
 if __name__ == "__main__":

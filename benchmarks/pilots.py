@@ -13,7 +13,6 @@ over the last epochs, made at the commit in their rows.) The same command goes o
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import muon
+from benchmarks.record import append, rows
 from unitstep import ladder, packed
 from unitstep.data import load_test
 from unitstep.evaluation import accuracy, choose_device
-from unitstep.files import write_json
 from unitstep.recipes import Recipe, Stage, recipe, without_folder
 from unitstep.runs import provenance
 
@@ -78,8 +77,8 @@ def set_aside(source: Path, out: Path) -> None:
     part = packed.read(source)["train"]
     order = torch.randperm(len(part.labels), generator=torch.Generator().manual_seed(1))
     out.mkdir(parents=True)
-    for name, rows in (("test", order[:HELD_OUT]), ("train", order[HELD_OUT:])):
-        packed.write(out, name, part.images[rows], part.labels[rows], part.classes)
+    for name, chosen in (("test", order[:HELD_OUT]), ("train", order[HELD_OUT:])):
+        packed.write(out, name, part.images[chosen], part.labels[chosen], part.classes)
 
 
 def pilot(r: Recipe, work: Path, device: str) -> dict[str, Any]:
@@ -113,11 +112,7 @@ def main() -> None:
     data = options.work / "data"
     if not data.exists():
         set_aside(options.data, data)
-
-    def rows() -> list[dict[str, Any]]:
-        return json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-
-    done = {(row["change"], row["seed"]) for row in rows()}
+    done = {(row["change"], row["seed"]) for row in rows(options.out)}
     for seed in options.seeds:
         for number, (change, r) in enumerate(PILOTS.items()):
             wanted = not options.names or change in options.names
@@ -128,7 +123,7 @@ def main() -> None:
             about = provenance() | ({"commit": options.commit} if options.commit else {})
             whole = without_folder(replace(r, seed=seed)).to_dict()
             row = {"change": change, "seed": seed, **found, "recipe": whole, **about}
-            write_json(options.out, {"schema": 1, "rows": [*rows(), row]})  # which other processes may have added to
+            append(options.out, row)
             print(change, seed, found["held_out"], f"{sum(found['seconds']):.0f} s", flush=True)
 
 

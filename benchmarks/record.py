@@ -6,14 +6,15 @@ RUN is a run folder, or its measure.json alone, as gpu.py brings it from another
 measure` wrote for each run, with mean and spread over the seeds; nothing in it is typed by hand.
 """
 
+import fcntl
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from unitstep.files import read_json, write_json
-from unitstep.groups import cell, name_of
+from unitstep.groups import averaged, cell, name_of
 from unitstep.recipes import Recipe, differences, recipe_from_dict, without_folder
 from unitstep.runs import Run
 from unitstep.tables import markdown
@@ -21,21 +22,41 @@ from unitstep.tables import markdown
 RECORDS = Path(__file__).parent / "records"
 
 
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Those of a record that grows by rows; none if there is no such file yet."""
+    return read_json(path)["rows"] if path.exists() else []  # type: ignore[no-any-return]
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to such a record, to which other processes may add, too."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        write_json(path, {"schema": 1, "rows": [*rows(path), row]})
+    finally:
+        os.close(folder)
+
+
 def measured(path: Path) -> dict[str, Any]:
-    """What `unitstep measure` wrote: of a run folder, or the file itself. ValueError if the run is not measured."""
-    found = Run(path).measurement if path.is_dir() else read_json(path)
-    if found is None:
+    """What `unitstep measure` wrote: of a run folder, with its log, or the file itself. ValueError if the run is not
+    measured."""
+    if not path.is_dir():
+        return read_json(path)
+    run = Run(path)
+    if run.measurement is None:
         raise ValueError(f"{path} has no measure.json: unitstep measure {path}")
-    return found
+    return run.measurement | {"log": run.log}
 
 
 def record(paths: list[Path]) -> dict[str, Any]:
-    """Runs of one recipe → one record. ValueError if one is not measured, recipes differ in more than the seed, or a
-    seed is there twice."""
+    """Runs of one recipe → one record. ValueError if one is not measured to its end, recipes differ in more than the
+    seed, or a seed is there twice."""
     runs, recipes = [], list[Recipe]()
     for path in paths:
         found = measured(path)
         recipes.append(recipe_from_dict(found["recipe"]))
+        if len(found["stages"]) < len(recipes[-1].stages):
+            raise ValueError(f"{path} was measured before all its stages were trained")
         # another machine has its images elsewhere
         first, this = (replace(without_folder(r), seed=0) for r in (recipes[0], recipes[-1]))
         if changes := differences(first, this):
@@ -54,11 +75,8 @@ def record(paths: list[Path]) -> dict[str, Any]:
         for key in ("val_accuracy", "test_accuracy", "spikes_per_neuron", "seconds"):
             values = [row[key] for row in rows if row[key] is not None]
             if values:
-                summary[key] = {
-                    "mean": mean(values),
-                    "deviation": stdev(values) if len(values) > 1 else None,
-                    "values": values,
-                }
+                average, deviation = averaged(values)
+                summary[key] = {"mean": average, "deviation": deviation, "values": values}
         stages.append(summary)
     return {"schema": 1, "n": len(paths), "seeds": [r.seed for r in recipes], "stages": stages, "runs": runs}
 

@@ -83,6 +83,15 @@ def test_the_list_of_gpu_runs(tmp_path: Path, monkeypatch, capsys):
     assert load_compact(tmp_path / "whole").lifs
 
 
+def test_gpu_runs_of_other_images_are_refused(tmp_path: Path, monkeypatch, capsys):
+    pack("fashion-mini", tmp_path / "data", size=28, channels=1)
+    command = ["gpu.py", "--data", str(tmp_path / "data"), "--work", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "cifar100-vgg16-0"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "have 10 classes: not those of cifar100-vgg16-0" in capsys.readouterr().err
+
+
 def test_a_network_that_comes_with_the_package_does_what_its_card_says():
     found = measure(pretrained("fashion-mini-t1"), load_test("fashion-mini", size=28, channels=1), steps=1)
     card = (MODELS / "fashion-mini-t1.md").read_text()

@@ -70,7 +70,9 @@ def test_the_same_command_again_trains_nothing(unbroken):
     seen: list[Progress] = []
     again = train(small(2, 1), unbroken.path, progress=seen.append)
     assert seen == []
-    assert weights(again).keys() == before.keys()
+    after = weights(again)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_two_ladders_from_one_cnn(unbroken, tmp_path):
@@ -262,6 +264,10 @@ def test_the_time_limit_is_in_minutes(tmp_path, monkeypatch):
     assert 4 < run.load(run.state_path, 0)[1]["step"] < 12
     with pytest.raises(ValueError, match="time_limit must be 0 or more minutes, not -1"):
         train(small(), tmp_path, time_limit=-1)
+    with pytest.raises(ValueError, match="time_limit must be 0 or more minutes, not nan"):
+        train(small(), tmp_path, time_limit=float("nan"))
+    with pytest.raises(ValueError, match="max_loss must be 0 or more percentage points, not -1"):
+        train(small(), tmp_path, max_loss=-1)
 
 
 def test_bf16_is_for_training_alone_and_each_step_is_clamped(tmp_path, monkeypatch):

@@ -73,6 +73,21 @@ def test_a_damaged_part_is_named(folder: Path, tmp_path: Path, content: bytes) -
         load_train(str(copy), **MINI)
 
 
+@pytest.mark.parametrize("labels", [torch.tensor([0, -1]), torch.tensor([0, 2]), torch.tensor([0.0, 1.0])])
+def test_labels_that_are_no_classes_are_refused(labels: torch.Tensor, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        packed.write(tmp_path, split, torch.zeros(2, 1, 4, 4, dtype=torch.uint8), labels, ("a", "b"))
+    with pytest.raises(ValueError, match=r"labels that are not 0 to 1"):
+        packed.read(tmp_path)
+
+
+def test_long_names_of_classes_are_part_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "PART_BYTES", 100_000)
+    images, labels = torch.zeros(100, 1, 64, 64, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64)
+    paths = packed.write(tmp_path, "train", images, labels, ['"quoted" name ' * 40] * 20)
+    assert all(path.stat().st_size <= 100_000 for path in paths)
+
+
 def test_another_size_and_random_crops_need_the_original(folder: Path) -> None:
     with pytest.raises(ValueError, match="1 channels and 28×28 pixels, but 3 and 32×32 are wanted"):
         load_train(str(folder), size=32, channels=3)

@@ -80,6 +80,9 @@ def test_truncated_and_foreign_files_are_named_and_left_alone(run):
     path.write_bytes(run.stage_path(0).read_bytes())
     with pytest.raises(ValueError, match="does not belong to this run and stage"):
         load(run)
+    run.save(path, {}, 2, step=1)  # what an interrupted stage leaves
+    with pytest.raises(ValueError, match="does not belong to this run and stage"):
+        load(run)
 
 
 def test_a_state_of_another_run_is_refused(run, tmp_path):

@@ -116,6 +116,23 @@ def test_networks_without_such_a_convolution_are_refused(images):
     grouped = nn.Conv2d(2, 2, 3, groups=2)
     with pytest.raises(ValueError, match="cut into groups"):
         whiten_(grouped, torch.rand(4, 2, 8, 8), fresh=False)
+    with pytest.raises(ValueError, match="larger than its images"):
+        whiten_(nn.Conv2d(2, 2, 9, padding=4), torch.rand(4, 2, 8, 8), fresh=False)
+    tied = nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3))
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ValueError, match="is another layer's, too"):
+        whiten_(tied, torch.rand(4, 2, 8, 8), fresh=False)
+
+
+def test_a_layer_with_two_names_is_stored_under_both():
+    layer = nn.Conv2d(2, 2, 3)
+    net = nn.ModuleDict({"first": layer, "body": nn.Sequential(layer, nn.ReLU())})
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    whiten_(net["body"], torch.rand(4, 2, 8, 8), fresh=False)
+    after = plain_state(net)
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor)
 
 
 def test_the_weights_of_an_own_network_stay(tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from unitstep.evaluation import accuracy, choose_device, ieee
 from unitstep.ladder import calibration_images
 from unitstep.neuron import compiled, compiler_available
 from unitstep.runs import Run, build_snn
-from unitstep.speed import time_one
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "percentile 90 (the paper's)": {"thresholds": "percentile", "percentile": 90.0},
@@ -158,6 +157,8 @@ def conversion_alone(
             progress("conversion alone", number + 1, len(ways))
     latency = None
     if speed:
+        from unitstep.speed import time_one  # needs onnx, which nothing else here does
+
         assert isinstance(last, Spiking)
         assert steps is not None
         *taken, latency = time_one([*there.values(), (last, steps)], batches[0][0], where)

@@ -89,10 +89,14 @@ def _means(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"steps": steps, "name": name_of(steps)}
         for key in ("val_accuracy", "test_accuracy", "spikes_per_neuron", "seconds"):
             values = [stages[steps][key] for stages in by_steps]
-            spread = statistics.stdev(values) if len(values) > 1 and None not in values else None
-            row[key] = (None if None in values else statistics.mean(values), spread)
+            row[key] = (None, None) if None in values else averaged(values)
         rows.append(row)
     return rows
+
+
+def averaged(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and standard deviation if there are several."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def name_of(steps: int | None) -> str:
@@ -118,6 +122,7 @@ def trained_on(trained: dict[str, Any]) -> str:
 
 
 def cell(value: float | None, digits: int, spread: float | None = None) -> str:
+    """ "86.40 ± 0.25", or "86.40" without a spread, or ""."""
     if value is None:
         return ""
     return f"{value:,.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")

@@ -128,20 +128,21 @@ def train(
     SIGINT once the state is saved.
     """
     started = time.monotonic()
-    if time_limit is not None and time_limit < 0:
-        raise ValueError(f"time_limit must be 0 or more minutes, not {time_limit:g}")
+    for name, limit, unit in (("time_limit", time_limit, "minutes"), ("max_loss", max_loss, "percentage points")):
+        if limit is not None and not limit >= 0:  # so of nan, too
+            raise ValueError(f"{name} must be 0 or more {unit}, not {limit:g}")
     if compile not in ("auto", "off"):
         raise ValueError(f"compile must be auto or off, not {compile!r}")
     where = choose_device(device)
     if data is not None:
         recipe = replace(recipe, data=data)
-    if precision == "auto" and begun(Path(out)) and (Path(out) / "recipe.json").exists():
+    if precision == "auto" and begun(Path(out)):
         precision = Run(out).about.get("precision", "auto")  # a run goes on as it was begun
     amp = _precision(precision, where)
     run = open_run(out, recipe, precision="bf16" if amp else "fp32", device=where.type)
     if (chosen := run.about.get("precision", "fp32")) != ("bf16" if amp else "fp32"):
         raise ValueError(f"{run.path} was begun in {chosen} and goes on only so: leave --precision at auto")
-    limit = math.inf if time_limit is None else started + 60 * time_limit
+    end = math.inf if time_limit is None else started + 60 * time_limit
     with locked(run.path), _sigint() as interrupted:
         for path in (run.state_path, *map(run.stage_path, range(len(recipe.stages)))):
             remove_unfinished(path)
@@ -157,7 +158,7 @@ def train(
         run.check_images(train_split.classes, len(train_split))
 
         def stop() -> bool:
-            return interrupted.is_set() or time.monotonic() > limit
+            return interrupted.is_set() or time.monotonic() > end
 
         reference: float | None = None
         for index, stage in enumerate(recipe.stages):
@@ -248,7 +249,7 @@ def convert(
     """
     where, path = choose_device(device), Path(out)
     chosen = "bf16" if _precision(precision, where) else "fp32"
-    if (path / "recipe.json").exists() and begun(path):
+    if begun(path):
         raise ValueError(f"{path} is a run already: go on with unitstep train --from {path}, or choose another folder")
     if len(recipe.stages) < 2:
         raise ValueError("the recipe has no spiking stage to convert for")

@@ -24,7 +24,6 @@ from unitstep.fusing import fuse, per_channel
 from unitstep.neuron import LIF, compiled, compiler_available, membranes
 from unitstep.operations import Layer, Operation, of_rows, operations
 from unitstep.runs import SCHEMA, Finished, Run, provenance
-from unitstep.speed import time_run
 
 HEALTH_IMAGES = 64  # on which membranes are looked at
 CONFUSED = 100  # classes of which a confusion matrix is kept, at most
@@ -312,6 +311,8 @@ def measure_run(
         _write_samples(run, finished[-1], test)
     write_json(run.path / "measure.json", result)  # whatever happens to the rest
     if speed:
+        from unitstep.speed import time_run  # needs onnx, which nothing else here does
+
         result["speed"] = [asdict(each) for each in time_run(run, first, device=device, progress=progress)]
         write_json(run.path / "measure.json", result)
     if curve:

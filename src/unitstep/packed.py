@@ -5,6 +5,7 @@ A packed folder holds `train-00000-of-00003.safetensors`, …, `test-…`; each 
 [n, C, H, W] and `labels` int64 [n], and as metadata the names of the classes.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,9 +39,10 @@ def write(folder: Path, split: str, images: Tensor, labels: Tensor, classes: Seq
 
     images: uint8 [N, C, H, W].  labels: int64 [N].
     """
-    rows = max(1, (PART_BYTES - 4096) // (images[0].numel() + 8))
-    count = -(-len(images) // rows)
     about = {"schema": SCHEMA, "classes": list(classes)}
+    header = 2 * len(json.dumps(about)) + 1024  # quotes in it are escaped
+    rows = max(1, (PART_BYTES - header) // (images[0].numel() + 8))
+    count = -(-len(images) // rows)
     paths = []
     for number, (part, of) in enumerate(zip(images.split(rows), labels.split(rows), strict=True)):
         paths.append(folder / f"{split}-{number:05}-of-{count:05}.safetensors")
@@ -75,6 +77,9 @@ def _read(path: Path) -> Part:
         images, labels = tensors["images"], tensors["labels"]
         if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1]:
             raise ValueError(f"images of shape {list(images.shape)}, labels of shape {list(labels.shape)}")
-        return Part(images, labels, tuple(about["classes"]))
+        classes = tuple(about["classes"])
+        if labels.dtype != torch.int64 or not ((labels >= 0) & (labels < len(classes))).all():
+            raise ValueError(f"labels that are not 0 to {len(classes) - 1}")
+        return Part(images, labels, classes)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or was not written by unitstep pack ({error})") from error

@@ -183,7 +183,8 @@ class Recipe:
     calibration_steps: int | None = None
     """Timesteps over which these currents are taken (the paper's: 500); None: those of the first spiking stage."""
     calibration_images: int = 512
-    """Augmented training images on which these currents are taken."""
+    """Augmented training images on which these currents are taken, and, where there are such, the statistics of batch
+    norms as a spiking stage begins and those that `whiten` needs."""
     seed: int = 0
     """Seed of all randomness: initial weights, order and augmentation of images, dropout."""
 
@@ -282,7 +283,9 @@ def _build(kind: Any, value: Any, where: str = "recipe") -> Any:
             return kind(**{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()})  # type: ignore[operator]
         except TypeError as error:
             raise ValueError(f"{where}: {error}") from error
-    if get_origin(kind) is tuple and isinstance(value, list):
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: {value!r} is not a list")
         return tuple(_build(get_args(kind)[0], item, f"{where}.{i}") for i, item in enumerate(value))
     allowed = get_args(kind) or (kind,)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

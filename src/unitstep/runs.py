@@ -124,7 +124,7 @@ class Run:
 
     def finished(self, index: int) -> Finished:
         path = self.stage_path(index)
-        info = self._check(path, read_about(path), index)
+        info = self._check(path, read_about(path), index, "val_accuracy", "seconds", "classes")
         return Finished(
             index, self.recipe.stages[index], path, info["val_accuracy"], info["seconds"], tuple(info["classes"])
         )
@@ -173,12 +173,12 @@ class Run:
                     f"there are {number:,} training images, but {path} was trained on {known['images']:,}: {way_out}"
                 )
 
-    def _check(self, path: Path, info: dict[str, Any], index: int) -> dict[str, Any]:
+    def _check(self, path: Path, info: dict[str, Any], index: int, *wanted: str) -> dict[str, Any]:
         try:
             same = recipe_from_dict(info["recipe"]) == self.recipe  # fields that came later have their defaults
         except (ValueError, KeyError, TypeError):
             same = False
-        if not same or info.get("index") != index:
+        if not same or info.get("index") != index or not info.keys() >= set(wanted):
             raise ValueError(
                 f"{path} does not belong to this run and stage; it was not loaded: move it away to train that stage "
                 "again"
@@ -193,8 +193,8 @@ class Run:
                 f"stage {self.recipe.stages[index].name} of {self.path} is not trained yet: unitstep train "
                 f"--from {self.path} goes on with it"
             )
-        tensors, info = self.load(path, index)
-        return rebuild(self.recipe, len(info["classes"]), tensors, spikes=index > 0)
+        classes, (tensors, _) = self.finished(index).classes, self.load(path, index)
+        return rebuild(self.recipe, len(classes), tensors, spikes=index > 0)
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -280,16 +280,15 @@ def rebuild(recipe: Recipe, classes: int, tensors: dict[str, Tensor], *, spikes:
 
 
 def begun(path: Path) -> bool:
-    """Whether something was trained in the folder `path`."""
-    return any(path.glob("*.safetensors"))
+    """Whether `path` is a run folder in which something was trained."""
+    return (path / "recipe.json").exists() and any(path.glob("*.safetensors"))
 
 
 def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
     """The run folder `out`, made if it is not there. ValueError if something was trained there by another recipe, or if
     it cannot be written to."""
     path = Path(out)
-    there = (path / "recipe.json").exists()
-    if there and begun(path):
+    if begun(path):
         run = Run(path)
         if changes := differences(run.recipe, replace(recipe, data=run.recipe.data)):  # images can be moved
             listed = "\n  ".join(changes)
@@ -302,7 +301,7 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
     try:
         path.mkdir(parents=True, exist_ok=True)
         strangers = [entry.name for entry in path.iterdir() if entry.suffix in (".safetensors", ".json", ".jsonl")]
-        if strangers and not there:
+        if strangers and not (path / "recipe.json").exists():
             raise ValueError(f"{path} has no recipe.json but holds {', '.join(strangers)}: choose an empty folder")
         with locked(path):
             (path / "log.jsonl").unlink(missing_ok=True)  # of a command that failed: there is nothing to protect

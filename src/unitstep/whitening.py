@@ -49,7 +49,8 @@ def whiten_(net: nn.Module, images: Tensor, *arguments: Any, fresh: bool) -> Non
     """Train the first convolution that `net(images, *arguments)` calls in white coordinates from now on.
 
     images [B, C, H, W]: those that E[x·xᵀ] is taken of.  fresh: its random weights become those of C instead of W.
-    ValueError if there is no convolution, or it is cut into groups.
+    ValueError if there is no convolution, it is cut into groups or larger than its images, or its kernel is another
+    layer's, too.
     """
     found: list[tuple[nn.Conv2d, Tensor]] = []
 
@@ -65,8 +66,7 @@ def whiten_(net: nn.Module, images: Tensor, *arguments: Any, fresh: bool) -> Non
             found.clear()
             with torch.no_grad():
                 net.eval()(part, *arguments)
-            if not found or found[0][0].groups > 1:
-                what = "its first convolution is cut into groups" if found else "it has no convolution"
+            if what := _obstacle(net, found):
                 raise ValueError(f"the network's input cannot be whitened: {what}. Set whiten to False")
             conv, x = found[0]
             patches = F.unfold(x.float(), conv.kernel_size, conv.dilation, 0, conv.stride).transpose(0, 1).flatten(1)
@@ -80,11 +80,25 @@ def whiten_(net: nn.Module, images: Tensor, *arguments: Any, fresh: bool) -> Non
     parametrize.register_parametrization(conv, "weight", white)
 
 
+def _obstacle(net: nn.Module, found: list[tuple[nn.Conv2d, Tensor]]) -> str:
+    """Why that convolution of `net` cannot be trained so; empty if it can."""
+    if not found:
+        return "it has no convolution"
+    conv, x = found[0]
+    if conv.groups > 1:
+        return "its first convolution is cut into groups"
+    if any(d * (k - 1) >= n for d, k, n in zip(conv.dilation, conv.kernel_size, x.shape[2:], strict=True)):
+        return "its first convolution is larger than its images"
+    if sum(any(p is conv.weight for p in module.parameters(recurse=False)) for module in net.modules()) > 1:
+        return "the kernel of its first convolution is another layer's, too"
+    return ""
+
+
 def plain_state(net: nn.Module) -> dict[str, Tensor]:
     """The state dict that `net` would have without `whiten_` and other parametrizations: with the weight W that it
     computes with, in place of what W is made of."""
     state = net.state_dict()
-    for name, module in net.named_modules():
+    for name, module in net.named_modules(remove_duplicate=False):  # a module may have several names
         if parametrize.is_parametrized(module):
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.parametrizations.")}
             state[f"{name}.weight"] = module.weight.detach()
