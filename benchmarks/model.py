@@ -42,7 +42,9 @@ A spiking network that needs one timestep: `unitstep.pretrained("{name}")`.
 | `{name}.safetensors` | {bytes:,} bytes; the same weights; thresholds, leaks and batch norms in fp32 |
 
 Limits: it knows these classes and nothing else, so any image gets one of them. Its logits are no calibrated
-probabilities. On images that were made or cut out in another way than those it was trained on, expect less.
+probabilities. On images that were made or cut out in another way than those it was trained on, expect less. It is one
+network of one seed; both test accuracies are of the same weights, in other arithmetic. Licence: Apache-2.0, as the
+package.
 """
 
 
