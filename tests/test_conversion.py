@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 import warnings
 from collections import OrderedDict
 from functools import partial
@@ -114,6 +115,74 @@ def test_hooks_that_would_be_lost_are_refused(place):
         plainly(cnn, IMAGES, **options)
     hook.remove()
     plainly(cnn, IMAGES, **options)
+
+
+def test_hooks_of_a_block_are_refused_before_they_run():
+    ran = []
+    cnn = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1)), nn.ReLU(), nn.Flatten()).eval()
+    cnn[1].register_forward_pre_hook(lambda module, inputs: ran.append(module))
+    with pytest.raises(ValueError, match=r"^Sequential 1: its forward hooks would be lost: remove them"):
+        spiking(cnn)
+    assert not ran
+    spiking(cnn, leaf_modules=("1",))(IMAGES)
+    assert ran
+
+
+class Frozen(Shared):
+    def train(self, mode=True):
+        super().train(mode)
+        self.a.eval()
+
+
+class Locked(Shared):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class InPlace(Shared):
+    inplace = property(lambda self: True)
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = InPlace()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+TWO = torch.full((1,), 2.0)
+
+
+class Scaled(Shared):
+    def forward(self, x, scale=TWO, unused=TWO):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("kind", [Shared, Frozen])
+def test_each_module_is_in_the_mode_that_it_had(kind):
+    torch.manual_seed(0)
+    cnn = kind()
+    cnn.train()
+    cnn.a.eval()
+    snn = plainly(cnn, IMAGES, steps=2)
+    assert [name for name, module in snn.named_modules() if not module.training] == ["a"]
+
+
+def test_what_cannot_be_copied_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"Locked cannot be copied; leave out of it .*locks.*pickle"):
+        plainly(Locked().eval(), IMAGES, steps=2)
+
+
+@pytest.mark.parametrize("kind", [Outer, Scaled])
+def test_properties_and_defaults_of_many_kinds(kind):
+    torch.manual_seed(0)
+    cnn = kind().eval()
+    with torch.no_grad():
+        snn = to_spiking(cnn, IMAGES, steps=256, thresholds="max")
+        torch.testing.assert_close(snn(IMAGES, 256), cnn(IMAGES), rtol=0, atol=0.03)
 
 
 def test_what_is_not_finite_is_no_calibration():
@@ -483,3 +552,26 @@ def test_a_batch_norm_as_a_function_is_one():
     with pytest.raises(ValueError, match='a batch norm, but norm="none"'):
         spiking(FunctionalNorm().eval(), norm="none")
     spiking(FunctionalNorm().eval(), norm="keep")
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]))
+        self.register_buffer("ready", torch.tensor(True))
+        self.a = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        if self.ready:
+            x = x - self.mean.view(1, 3, 1, 1)
+        return F.relu(self.a(x)).mean((2, 3))
+
+
+def test_a_buffer_keeps_its_name_whatever_is_made_of_it():
+    torch.manual_seed(0)
+    cnn = Centred().eval()
+    snn = to_spiking(cnn, IMAGES, steps=256, thresholds="max")
+    cnn.mean.fill_(0.1)
+    snn.load_state_dict(cnn.state_dict(), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(snn(IMAGES, 256), cnn(IMAGES), rtol=0, atol=0.01)

@@ -1,5 +1,6 @@
 """Exported files: the network's spikes, in every runtime."""
 
+import copy
 import json
 import re
 import sys
@@ -530,3 +531,36 @@ def test_what_gives_no_logits_is_refused(tmp_path):
         to_onnx(to_spiking(Squeezed(nn.Identity()).eval(), images, steps=1), tmp_path / "a.onnx", images, form="float")
     to_onnx(to_spiking(Squeezed(nn.Linear(5, 2)).eval(), images, steps=1), tmp_path / "a.onnx", images, form="float")
     assert open_model(tmp_path / "a.onnx")(images[:1].numpy())[0].shape == (1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_float_form_of_other_precisions_is_refused_by_name(dtype, tmp_path):
+    cnn = copy.deepcopy(nn.Sequential(nets.Normalize((121,), (1 / 64,)), *SMALL)).to(dtype)
+    snn = to_spiking(cnn.eval(), IMAGES, steps=1)
+    with pytest.raises(ValueError, match=rf"weights are {dtype}.*snn.float\(\)"):
+        to_onnx(snn, tmp_path / "net.onnx", IMAGES, form="float")
+    to_onnx(snn.float(), tmp_path / "net.onnx", IMAGES, form="float")
+
+
+class Shifted(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 0, 1, 0)))
+
+
+class ShiftedMean(nn.AvgPool2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 0, 1, 0)))
+
+
+class ShiftedMax(nn.MaxPool2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 0, 1, 0)))
+
+
+@pytest.mark.parametrize("layer", [Shifted(8, 8, 2), ShiftedMean(2), ShiftedMax(2)])
+def test_leaves_that_are_more_than_their_class_of_torch_have_no_8_bit_form(layer, tmp_path):
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), layer, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
+    snn = spiking(*layers, leaf_modules=(type(layer),))
+    with pytest.raises(ValueError, match=rf"no 8-bit form: {type(layer).__name__} _3\. Export in floating point"):
+        to_onnx(snn, tmp_path / "net.onnx", IMAGES)
+    assert not to_onnx(snn, tmp_path / "net.onnx", IMAGES, form="float").changed

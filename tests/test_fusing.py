@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.architectures import ARCHITECTURES, build
+from tests.architectures import ARCHITECTURES, build, randomise_
 from unitstep import LIF, measure, nets, record, to_onnx, to_spiking
 from unitstep.fusing import Fire
 
@@ -194,3 +194,21 @@ def test_a_network_in_bf16():
     for strategy in ("percentile", "channel-percentile"):
         snn = to_spiking(nn.Sequential(*layers).bfloat16().eval(), x, steps=1, thresholds=strategy)
         assert snn.fuse(x)(x).dtype == torch.bfloat16
+
+
+class NormReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+@pytest.mark.parametrize("norm", ["keep", "fold"])
+def test_a_leaf_that_is_more_than_its_batch_norm_stays_whole(norm):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8, dtype=torch.float64)
+    layers = nn.Conv2d(3, 4, 3), NormReLU(4), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    cnn = randomise_(nn.Sequential(*layers)).double().eval()
+    snn = to_spiking(cnn, x, steps=2, norm=norm, thresholds="max", leaf_modules=(NormReLU,))
+    assert not snn.report["_1"].became.startswith("folded")
+    with torch.no_grad():
+        torch.testing.assert_close(snn(x, steps=500), cnn(x), rtol=0, atol=0.02 * cnn(x).abs().max().item())
+    agrees(snn, x, 2)

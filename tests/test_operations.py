@@ -385,3 +385,33 @@ def test_values_before_a_max_pool_are_the_neurons_as_before_an_average_pool():
         inputs = [operation.inputs for operation in found.operations]
         assert inputs == [28 * 28, 16 * 14 * 14, 32 * 14 * 14, 32 * 7 * 7, 64 * 3 * 3]
     assert values[0] == values[1] == [28 * 28, 16 * 28 * 28, 32 * 14 * 14, 32 * 14 * 14, 64 * 7 * 7]
+
+
+class MyConv(nn.Conv2d):
+    pass
+
+
+class MyPool(nn.AvgPool2d):
+    pass
+
+
+class MoreThanConv(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_subclasses_count_as_what_they_compute_as():
+    x = torch.rand(4, 3, 8, 8)
+
+    def counted(conv, pool, **options):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3), nn.ReLU(), pool(2), conv(4, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+        snn = to_spiking(nn.Sequential(*layers).eval(), x, steps=1, thresholds="percentile", **options)
+        found = measure(snn, [(x, torch.zeros(4).long())], steps=1, device="cpu").operations
+        return [(layer.input, layer.macs, layer.additions) for layer in found]
+
+    plain = counted(nn.Conv2d, nn.AvgPool2d)
+    assert counted(MyConv, MyPool) == plain
+    assert [layer[0] for layer in plain] == ["analog", "integer", "binary"]
+    kept = counted(MoreThanConv, nn.AvgPool2d, leaf_modules=(MoreThanConv,))
+    assert [layer[0] for layer in kept] == ["analog", "analog", "binary"]

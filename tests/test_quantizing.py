@@ -9,7 +9,7 @@ from unitstep import nets, to_onnx, to_spiking
 from unitstep.calibration import record
 from unitstep.fusing import Fire
 from unitstep.quantizing import centre_thresholds_, quantize
-from unitstep.rounding import rounded
+from unitstep.rounding import on_grid, round_weights_, rounded
 
 
 def spiking_vgg(**options):
@@ -212,3 +212,45 @@ def test_a_second_normalisation_is_not_taken_for_one_of_raw_pixels(zero):
     fused = to_spiking(cnn, images, steps=1, thresholds="percentile", percentile=90.0).fuse(images)
     expected, found = fused(images), quantize(fused)(images)
     assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_the_largest_of_pixels_with_a_negative_scale_is_not_the_largest_whole_number():
+    torch.manual_seed(0)
+    layers = nn.MaxPool2d(2), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5)
+    images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)
+    cnn = nn.Sequential(nets.Normalize((255,), (-1 / 64,)), *layers).eval()
+    fused = to_spiking(cnn, images, steps=1, thresholds="percentile", percentile=90.0).fuse(images)
+    net = quantize(fused)
+    assert [node.name for node in net.graph.nodes if "float" in node.meta] == ["_2"]
+    expected, found = fused(images), net(images)
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+class Conv3x3(nn.Conv2d):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 3, padding=1, bias=False)
+
+
+class MyNorm(nn.BatchNorm2d):
+    pass
+
+
+class MyPool(nn.AvgPool2d):
+    pass
+
+
+def test_subclasses_that_compute_as_torch_does_are_what_they_are_of(tmp_path):
+    torch.manual_seed(0)
+    layers = Conv3x3(3, 8), MyNorm(8), nn.ReLU(), MyPool(2), Conv3x3(8, 8), MyNorm(8), nn.ReLU(), nn.Flatten()
+    cnn = nn.Sequential(nets.Normalize((121,), (1 / 64,)), *layers, nn.Linear(128, 5)).eval()
+    images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)
+    snn = to_spiking(cnn, images, steps=1, norm="fold", thresholds="percentile")
+    folded = [row.kind for row in snn.report.rows if row.became.startswith("folded")]
+    assert folded == ["BatchNorm2d", "BatchNorm2d"]
+    round_weights_(snn, 8)
+    for name, module in snn.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert on_grid(module.weight)[2], name
+    parity = to_onnx(snn, tmp_path / "net.onnx", images)
+    assert not parity.in_float
+    assert not parity.rounded

@@ -77,7 +77,10 @@ def to_spiking(
 def _check_trace(cnn: nn.Module, traced: nn.Module, images: Tensor) -> None:
     """ValueError if what was traced is another function than the CNN, where that can be called with images."""
     try:
-        logits, again = (copy.deepcopy(cnn).eval()(images.clone()) for _ in range(2))
+        copies = [copy.deepcopy(cnn) for _ in range(2)]
+        for each in copies:
+            each.eval()  # which may return None
+        logits, again = (each(images.clone()) for each in copies)
     except Exception:  # whatever the user's code raises: it wants more than images, or asserts what is not traced
         return
     ours, same = traced(images.clone()), False
@@ -361,7 +364,8 @@ def _fails(snn: Spiking, row: str, error: Exception, timed: bool) -> str:
 @torch.no_grad()
 def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> None:
     """Fill in the report: shapes, spike rates, and errors against the traced CNN, operation by operation."""
-    report, lifs, training = snn.report, snn.lifs, snn.training
+    report, lifs = snn.report, snn.lifs
+    training = [(module, module.training) for module in snn.modules()]
     faithful = all(lif.height == "threshold" for lif in lifs.values())  # else values have other units than the CNN's
     spikes, neurons = dict.fromkeys(lifs, 0), dict.fromkeys(lifs, 0)
     needed = Counter(node.meta.get("as", node.meta.get("row")) for node in snn.graph.nodes)  # how often each is needed
@@ -403,7 +407,8 @@ def _describe(snn: Spiking, cnn: fx.GraphModule, images: Tensor, steps: int) -> 
     for row, number in spikes.items():
         report[row].rate = number / neurons[row]
     report.steps, report.images = steps, len(images)
-    snn.train(training)
+    for module, mode in training:
+        module.training = mode
 
 
 def _values(run: fx.Interpreter, *inputs: Any) -> Iterator[tuple[fx.Node, Any]]:

@@ -6,6 +6,7 @@ user's convolutions, norms, pools and additions run on them untouched. What no s
 same at every step and is computed once, as [B, …].
 """
 
+import contextlib
 import copy
 import inspect
 import io
@@ -38,7 +39,7 @@ from unitstep.fusing import (
     module_of,
     refuse_hooks,
 )
-from unitstep.graphs import Graph
+from unitstep.graphs import Graph, class_of, computes_as
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF, Height, SharedDropout, check_steps, read_out, repeat
 from unitstep.running import first_line
@@ -258,7 +259,7 @@ OWN_STATISTICS_FUNCTIONS: set[Any] = {F.layer_norm, F.group_norm, F.instance_nor
 
 def _what(node: fx.Node, module: nn.Module | None) -> Any:
     """What an operation is, as the tables above name it: a module's type, a function, or a method's name."""
-    return node.target if module is None else type(module)
+    return node.target if module is None else class_of(module)
 
 
 def _bounds(node: fx.Node, module: nn.Module | None) -> tuple[Any, Any] | None:
@@ -296,6 +297,13 @@ for _augmented in (operator.iadd, operator.isub, operator.imul, operator.itruedi
     setattr(_Proxy, f"__{_augmented.__name__}__", _noted(_augmented))
 
 
+class _LostHooks(ValueError):
+    """A module that is not kept has forward hooks."""
+
+
+LOST_HOOKS = "its forward hooks would be lost: remove them, by remove() of what registered them"
+
+
 class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
     """Notes for each operation the line that calls it, and where it was when tracing failed."""
 
@@ -313,14 +321,24 @@ class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
             or type(module).__name__ in STOCHASTIC_DEPTH
             or name in self.leaf_modules
             or type(module) in self.leaf_modules
+            or class_of(module) is not type(module)
             or super().is_leaf_module(module, name)
         )
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Buffers stand for themselves, as parameters do, but for flags and counts, which `if` and `int` may read."""
+        self.proxy_buffer_attributes = (
+            isinstance(attr_val, Tensor) and attr_val.is_floating_point() and attr_val.dim() > 0
+        )
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             path = self.path_of_module(m)
         except NameError:  # made, or sliced out of a Sequential, in forward: what it does is traced
             return forward(*args, **kwargs)
+        if has_hooks(m) and not self.is_leaf_module(m, path):
+            raise _LostHooks(f"{type(m).__name__} {path}: {LOST_HOOKS}")
         before, self.path = self.path, path
         out = super().call_module(m, forward, args, kwargs)
         self.path = before  # not after an exception
@@ -357,12 +375,16 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
             raise ValueError(f"leaf_modules: {type(cnn).__name__} has no module named {leaf!r}")
     tracer = _Tracer(leaf_modules)
     try:
-        net = copy.deepcopy(cnn).eval()
-    except RuntimeError as error:  # of tensors that are computed
-        raise ValueError(
-            f"{type(cnn).__name__} cannot be copied; if it computes weights from others, make them plain before: "
-            f"torch.nn.utils.remove_weight_norm(module), or prune.remove(module, 'weight') ({error})"
-        ) from error
+        net = copy.deepcopy(cnn)
+    except Exception as error:  # RuntimeError of tensors that are computed, others of what the user's code holds
+        way_out = "leave out of it what cannot be, as locks, open files and generators, or give that a __deepcopy__"
+        if isinstance(error, RuntimeError):
+            way_out = (
+                "if it computes weights from others, make them plain before: "
+                "torch.nn.utils.remove_weight_norm(module), or prune.remove(module, 'weight')"
+            )
+        raise ValueError(f"{type(cnn).__name__} cannot be copied; {way_out} ({first_line(error)})") from error
+    net.eval()  # which may return None
     try:
         arguments = inspect.signature(net.forward).parameters
         rest = list(arguments.items())[1:]  # behind the images
@@ -370,6 +392,8 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on options without an assertion of their value
             graph = tracer.trace(net, options)
+    except _LostHooks:
+        raise
     except Exception as error:  # whatever the user's code raises when it meets a stand-in for a tensor
         raise ValueError(_untraceable(cnn, error, tracer.path)) from error
     if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):  # a default is a tuple, list or dict
@@ -388,6 +412,8 @@ def trace(cnn: nn.Module, leaf_modules: LeafModules = ()) -> fx.GraphModule:
         views = (node.op, node.target) == ("call_method", "view")
         if views and not isinstance(argument(node, "dtype", 1), torch.dtype):
             node.target, node.meta["view"] = "reshape", True
+    for option in graph.find_nodes(op="placeholder"):
+        option.args = (None,) if option.args else ()  # a default that is a tensor cannot be written
     traced = fx.GraphModule(net, graph)
     traced.graph.eliminate_dead_code()
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -431,7 +457,7 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
     def shares(node: fx.Node) -> bool:
         """Whether its output may be its input's memory."""
         module = module_of(net, node)
-        unknown = module is not None and not type(module).__module__.startswith("torch.")  # may return its input
+        unknown = module is not None and not class_of(module).__module__.startswith("torch.")  # may return its input
         return _what(node, module) in VIEWS or unknown or kind_of(node, module) in STOCHASTIC_DEPTH
 
     def root(node: fx.Node) -> fx.Node:
@@ -464,7 +490,8 @@ def _out_of_place(net: nn.Module, graph: fx.Graph) -> None:
         elif "out" in node.kwargs or (module is None and kind.endswith("_") and not kind.endswith("__")):
             raise ValueError(f"{place} changes a value in place: write it without in-place")
     for name in modules:
-        net.get_submodule(name).inplace = False  # type: ignore[assignment,unused-ignore]
+        with contextlib.suppress(AttributeError):  # of a property
+            net.get_submodule(name).inplace = False  # type: ignore[assignment,unused-ignore]
 
 
 def rule_of(node: fx.Node, module: nn.Module | None) -> str | None:
@@ -546,6 +573,9 @@ def spiking(
     conversion = _Conversion(net, height, initial, readout, norm, max_pool, approximate, leaf_modules)
     snn = conversion.run()
     snn.train(cnn.training)
+    modes = {name: module.training for name, module in cnn.named_modules(remove_duplicate=False)}
+    for name, module in snn.named_modules(remove_duplicate=False):
+        module.training = modes.get(name, cnn.training)  # of frozen batch norms, another than the network's
     return snn
 
 
@@ -594,7 +624,7 @@ class _Conversion:
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         for node, path, module in hooked:
             if not self.rows[node].refused and not (path in called and self.net.get_submodule(path) is module):
-                self._refuse(node, "its forward hooks would be lost: remove them, by remove() of what registered them")
+                self._refuse(node, LOST_HOOKS)
         report = Report([row for row in self.rows.values() if row.became])
         if any(row.refused for row in report.rows):
             raise ConversionError(report)
@@ -613,7 +643,7 @@ class _Conversion:
         """Fold every batch norm into the layer before or behind it where that changes no value; refuse or keep the
         others."""
         for node in list(self.graph.nodes):
-            module = isinstance(module_of(self.net, node), BATCH_NORMS)
+            module = computes_as(module_of(self.net, node), *BATCH_NORMS)
             if self.norm == "none" and (module or node.target is F.batch_norm):
                 self._refuse(node, 'a batch norm, but norm="none": use norm="fold" or "keep"')
             if self.norm != "fold" or not module:
@@ -660,7 +690,7 @@ class _Conversion:
         self.axis[node], self.values[node] = axis, ANALOG
         if self.rows[node].became or not self._sizes_fit(node, axis):  # refused
             return
-        if isinstance(module, nn.Module) and (node.target in self.leaf_modules or what in self.leaf_modules):
+        if isinstance(module, nn.Module) and (node.target in self.leaf_modules or type(module) in self.leaf_modules):
             self.rows[node].became = "kept whole as a leaf module, run at each step"
             self._repeat(node, inputs)
         elif (bounds := _bounds(node, module)) is not None:
@@ -721,7 +751,7 @@ class _Conversion:
         if module is None and argument(node, "training", 2, True):
             return self._refuse(node, "it drops values in evaluation, too: give it training=self.training")
         p: Any = argument(node, "p", 1, 0.5) if module is None else module.p
-        function = node.target if module is None else DROPOUTS[type(module)]
+        function = node.target if module is None else DROPOUTS[class_of(module)]
         timed = self.axis[source] == "time"
         self.rows[node].became = "one mask for all steps"
         shared = SharedDropout(float(p), function)
@@ -808,7 +838,7 @@ class _Conversion:
                 node.args = args
             node.target, node.kwargs = MAX_POOLS[node.target], kwargs
         else:
-            average = MAX_POOLS[type(module)]
+            average = MAX_POOLS[class_of(module)]
             if isinstance(module, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d):
                 pool = average(module.output_size)
             else:

@@ -21,7 +21,7 @@ from unitstep.calibration import Activity, record, watching
 from unitstep.conversion import Spiking
 from unitstep.data import Split
 from unitstep.files import check_writable, write_whole
-from unitstep.fusing import Fire, module_of, per_channel, refuse_hooks
+from unitstep.fusing import Fire, module_of, per_channel, refuse_hooks, refuse_precision
 from unitstep.neuron import LIF, check_steps, membranes
 from unitstep.qdq import LOGITS, integer_model
 from unitstep.quantizing import quantize
@@ -110,6 +110,8 @@ def to_onnx(
     if LOGITS in snn.lifs:
         raise ValueError(f"neurons are called {LOGITS}, as the file's output is: give that ReLU another name")
     check_writable(Path(path))
+    if form == "float":
+        refuse_precision(snn)
     refuse_hooks(snn)  # before it is copied, which what hooks have computed does not allow
     snn, images, labels = copy.deepcopy(snn).eval().cpu(), images.cpu(), None if labels is None else labels.cpu()
     fused = snn.fuse(images, steps)

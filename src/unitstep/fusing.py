@@ -18,7 +18,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from unitstep.graphs import Graph
+from unitstep.graphs import Graph, class_of, computes_as
 from unitstep.neuron import LIF, SharedDropout, check_steps, membranes, read_out, repeat
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -112,7 +112,7 @@ def fuse(snn: fx.GraphModule, images: Tensor, steps: int = 1) -> fx.GraphModule:
     shapes.propagate(images[:1].to(next(net.buffers()).device))
     _pools_as_modules(net, shapes.env)
     for node in list(net.graph.nodes):
-        if isinstance(module_of(net, node), BATCH_NORMS):
+        if computes_as(module_of(net, node), *BATCH_NORMS):
             fold_norm(net, node)
     _heights_into_weights(net)
     net.delete_all_unused_submodules()
@@ -134,11 +134,18 @@ def refuse_hooks(snn: fx.GraphModule) -> None:
                 )
 
 
+def refuse_precision(snn: fx.GraphModule) -> None:
+    """ValueError if `snn` has weights that are not fp32."""
+    if other := {weight.dtype for weight in snn.parameters() if weight.is_floating_point()} - {torch.float32}:
+        raise ValueError(f"the network's weights are {other.pop()}, the file's are fp32: export snn.float()")
+
+
 def sums_channels(net: nn.Module, node: fx.Node) -> bool:
     """Whether `node` calls a layer that sums over channels, dimension 1, to which heights and batch norms belong: a
     convolution, or a linear layer on [B, features]. Of more dimensions, where they are known, that takes the last."""
     layer, known = module_of(net, node), node.meta.get("tensor_meta")
-    return type(layer) in CONVOLUTIONS or (type(layer) is nn.Linear and (known is None or len(known.shape) == 2))
+    rows = known is None or len(known.shape) == 2
+    return computes_as(layer, *CONVOLUTIONS) or (computes_as(layer, nn.Linear) and rows)
 
 
 def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
@@ -153,7 +160,7 @@ def _at_fixed_steps(snn: fx.GraphModule, steps: int) -> fx.GraphModule:
     graph.output(graph.graph_copy(snn.graph, numbers))
     for node in list(graph.nodes):
         module = module_of(snn, node)
-        nothing = isinstance(module, SharedDropout | nn.Identity) or (node.op, node.target) == ("call_method", "detach")
+        nothing = computes_as(module, SharedDropout, nn.Identity) or (node.op, node.target) == ("call_method", "detach")
         if nothing or (steps == 1 and node.target in (repeat, read_out)):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
@@ -181,16 +188,16 @@ def _pools_as_modules(net: fx.GraphModule, found: dict[fx.Node, Any]) -> None:
     a window may be a size of it."""
 
     def call(node: fx.Node, module: nn.Module, source: fx.Node) -> None:
-        if type(module) in EVEN and not getattr(module, "return_indices", False):
+        if class_of(module) in EVEN and not getattr(module, "return_indices", False):
             (h, w), (rows, columns) = found[source].shape[-2:], node.meta["tensor_meta"].shape[-2:]
             if h % rows == w % columns == 0:
-                module = EVEN[type(module)]((h // rows, w // columns))
+                module = EVEN[class_of(module)]((h // rows, w // columns))
         net.add_submodule(node.name, module)
         node.op, node.target, node.args, node.kwargs = "call_module", node.name, (source,), {}
 
     for node in list(net.graph.nodes):
         module, source = module_of(net, node), argument(node, "input", 0)
-        if module is not None and type(module) in EVEN:
+        if module is not None and class_of(module) in EVEN:
             call(node, module, source)
         if module is not None or not isinstance(source, fx.Node):
             continue
@@ -217,11 +224,6 @@ def _plain(module: nn.Module) -> nn.Module:
     """A copy without forward hooks. What `module` computes from other tensors, as weight norm does, is a parameter."""
     computed_by_hooks = (x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor))
     plain = copy.deepcopy(module, {id(x): x.detach().clone() for x in computed_by_hooks})
-    if isinstance(plain, nn.Conv1d | nn.Conv2d) and isinstance(plain.padding, str):  # in numbers, where sides are equal
-        same = plain.padding == "same"
-        both = [d * (k - 1) * same for d, k in zip(plain.dilation, plain.kernel_size, strict=True)]
-        if not any(number % 2 for number in both):
-            plain.padding = tuple(number // 2 for number in both)
     for part in plain.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
@@ -234,6 +236,11 @@ def _plain(module: nn.Module) -> nn.Module:
         del plain.parametrizations
         for name, value in computed.items():
             plain.register_parameter(name, nn.Parameter(value.clone()))
+    if computes_as(plain, nn.Conv1d, nn.Conv2d) and isinstance(plain.padding, str):  # in numbers, where sides are equal
+        same = plain.padding == "same"
+        both = [d * (k - 1) * same for d, k in zip(plain.dilation, plain.kernel_size, strict=True)]
+        if not any(number % 2 for number in both):
+            plain.padding = tuple(number // 2 for number in both)
     return plain
 
 
@@ -281,11 +288,11 @@ def _passed(net: fx.GraphModule, node: fx.Node, heights: dict[fx.Node, Tensor]) 
     if all(height.dim() == 0 and torch.equal(height, given[0]) for height in given):
         return given[0]
     module = module_of(net, node)
-    if isinstance(module, POOLS):
+    if computes_as(module, *POOLS):
         one_dimension = kind_of(node, module).endswith("1d")
         if len(node.meta["tensor_meta"].shape) == (3 if one_dimension else 4):  # of [B, F], a pool joins features
             return given[0]  # each channel for itself
-    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):  # C·k features, k per channel
+    if computes_as(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):  # C·k features, k per channel
         return given[0] if all(sums_channels(net, user) for user in node.users) else None
     if joins_channels(node):
         channels = [source.meta["tensor_meta"].shape[1] for source in sources]
@@ -358,7 +365,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def kind_of(node: fx.Node, module: nn.Module | None) -> str:
     """What an operation is, for people: the class of its module, or the name of its function or method."""
-    return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+    return class_of(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
 
 
 def values(node: fx.Node) -> list[fx.Node]:
@@ -422,11 +429,11 @@ def _fold_into_previous(norm: nn.Module, layer: Any) -> Any:
 def _fold_into_next(norm: nn.Module, layer: Any) -> Any:
     """A copy of `layer`, which takes the norm's output, that takes the norm's input: W·(γ/σ·x + β − γμ/σ) + b. None if
     there is no exact one: padding is with zeros, which the norm would have moved."""
-    if type(layer) in (nn.Conv1d, nn.Conv2d):
+    if computes_as(layer, nn.Conv1d, nn.Conv2d):
         if isinstance(layer.padding, str) or any(layer.padding):
             return None
         groups = layer.groups
-    elif type(layer) is nn.Linear and layer.in_features == norm.num_features:
+    elif computes_as(layer, nn.Linear) and layer.in_features == norm.num_features:
         groups = 1
     else:
         return None

@@ -1,12 +1,30 @@
-"""A graph module that can be pickled, and so given to `torch.save` and to other processes. Knows nothing of spikes."""
+"""A graph module that can be pickled, and so given to `torch.save` and to other processes; and which of torch's classes
+a module computes as. Knows nothing of spikes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import fx, nn
 from torch.nn import functional as F
 
+M = TypeVar("M", bound=nn.Module)
 GENERATED = {"_graph", "_code", "_lineno_map", "_prologue_start", "_compiled_call_impl"}
+DECIDES = (  # what a class may say of what its modules compute
+    "__call__", "forward", "_conv_forward", "_check_input_dim", "weight", "bias", "running_mean", "running_var",
+)  # fmt: skip
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of torch that `module` computes as: also of a subclass that does not change that. Else its own."""
+    own = type(module)
+    kind = next(kind for kind in own.__mro__ if kind.__module__.startswith("torch.nn."))
+    same = all(getattr(own, name, None) is getattr(kind, name, None) for name in DECIDES)
+    return kind if same and kind not in (nn.Module, nn.Sequential) else own
+
+
+def computes_as(module: nn.Module | None, *kinds: type[M]) -> TypeGuard[M]:
+    """Whether `module` computes as one of these classes does, which `isinstance` does not say of subclasses."""
+    return module is not None and class_of(module) in kinds
 
 
 class Graph(fx.GraphModule):  # type: ignore[misc,unused-ignore]

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 from unitstep.conversion import Spiking
 from unitstep.files import check_writable, write_whole
-from unitstep.fusing import Fire, Scale, kind_of, module_of, per_channel, sums_channels, values
+from unitstep.fusing import Fire, Scale, kind_of, module_of, per_channel, refuse_precision, sums_channels, values
+from unitstep.graphs import computes_as
 from unitstep.nets import Normalize
 from unitstep.quantizing import divides_by_window, flattens, pair
 
@@ -35,7 +36,7 @@ def to_nir(
     of the network's `Normalize`, (pixel − zero point)·scale, if it begins with one; its output is the logits; its
     neurons are named as in `snn.lifs`. pools: average pools as AvgPool2d nodes, or as SumPool2d, with their sizes in
     the next weights; no library that was tried reads both. Raises ValueError for more than one step, if an operation
-    has no form in NIR, naming all, and if the package nir is not installed.
+    has no form in NIR, naming all, for weights that are not fp32, and if the package nir is not installed.
     """
     if steps != 1:
         raise ValueError(
@@ -47,6 +48,7 @@ def to_nir(
     except ImportError as error:
         raise ValueError("nir is not installed here: pip install nir") from error
     check_writable(Path(path))
+    refuse_precision(snn)
     net = snn.fuse(images).cpu()
     writer = _Writer(net, nir, pools == "sum")
     graph = writer.run()
@@ -106,20 +108,20 @@ class _Writer:
         if len(values(node)) != 1:
             return False
         source = values(node)[0]
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if computes_as(module, nn.Conv2d, nn.Linear):
             return sums_channels(self.net, node) and self._layer(node, module, source)
         if isinstance(module, Fire):  # weights before it are divided by its threshold
-            if not isinstance(module_of(self.net, source), nn.Conv2d | nn.Linear) or len(source.users) > 1:
+            if not computes_as(module_of(self.net, source), nn.Conv2d, nn.Linear) or len(source.users) > 1:
                 return False
             self._fire(node.name, _shape(node), 1.0, source)
         elif isinstance(module, Scale):
             factor = per_channel(module.factor / self._window(source), len(_shape(node)) + 1)
             self._add(node.name, self.nir.Scale(np.broadcast_to(factor.numpy(), (1, *_shape(node)))[0].copy()), source)
-        elif isinstance(module, nn.AvgPool2d):
+        elif computes_as(module, nn.AvgPool2d):
             if not divides_by_window(module):
                 return False
             self._add(node.name, self._pool(module), source)
-        elif isinstance(module, nn.MaxPool2d):  # of spikes: whether there is one
+        elif computes_as(module, nn.MaxPool2d):  # of spikes: whether there is one
             one = isinstance(module_of(self.net, source), Fire) and pair(module.dilation) == (1, 1)
             if not one or module.ceil_mode or module.return_indices:
                 return False

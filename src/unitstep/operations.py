@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unitstep.conversion import ADDITIONS, COUNTS, MAX_POOLS, SCALINGS, rule_of
 from unitstep.fusing import CONVOLUTIONS, Fire, Scale, argument, kind_of, module_of, values
+from unitstep.graphs import class_of, computes_as
 
 Input = Literal["analog", "binary", "integer"]
 WEIGHTED: set[Any] = {F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d, F.linear}
@@ -112,7 +113,7 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
         return _Spikes(number, "binary", {node.name: number}, neurons)
 
     def _passed(self, node: fx.Node, module: nn.Module | None, out: Any, entering: list[_Spikes]) -> None:
-        what: Any = node.target if module is None else type(module)
+        what: Any = node.target if module is None else class_of(module)
         neurons = tuple(dict.fromkeys(name for each in entering for name in each.neurons))
         kind: Input = "integer" if any(each.kind == "integer" for each in entering) else "binary"
         if what in MAX_POOLS:
@@ -154,7 +155,7 @@ class _Counting(fx.Interpreter):  # type: ignore[misc,unused-ignore]
             own = [argument(node, "weight", 1), argument(node, "bias", 2)] if functional else own
             weights = sum(self.env[each].numel() for each in own if isinstance(each, fx.Node))
         spikes = self.spikes.get(source)
-        known = isinstance(module, (*CONVOLUTIONS, nn.Linear)) or functional
+        known = computes_as(module, *CONVOLUTIONS, nn.Linear) or functional
         if spikes is None or not known or bool((given[spikes.number == 0] != 0).any()):
             self.found.append(Operation(node.name, "analog", static, macs, weights, given.numel(), given.numel()))
             return

@@ -29,6 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from unitstep.fusing import BATCH_NORMS, CATS, Fire, Scale, affine, joined_along, kind_of, module_of, parts, per_channel
+from unitstep.graphs import computes_as
 from unitstep.nets import Normalize
 from unitstep.quantizing import LARGEST, SMALL, flattens, pair
 
@@ -125,15 +126,15 @@ class _Integer:
         name, write = node.name, self.writer
         if not given:  # of constants alone
             return None
-        if isinstance(module, nn.Identity):
+        if computes_as(module, nn.Identity):
             return given[0]
         if isinstance(module, Normalize) and "most" in node.meta:  # whole numbers: pixels less their zero point
             return _Value(given[0].name, 1.0, round(module.get_buffer("zero_point").item()))
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if computes_as(module, nn.Conv2d, nn.Linear):
             return self._layer(node, module, given[0])
-        if isinstance(module, nn.AvgPool2d) and "most" in node.meta:
+        if computes_as(module, nn.AvgPool2d) and "most" in node.meta:
             return self._sum(node, module, given[0])
-        if isinstance(module, nn.MaxPool2d) and not module.return_indices and pair(module.dilation) == (1, 1):
+        if computes_as(module, nn.MaxPool2d) and not module.return_indices and pair(module.dilation) == (1, 1):
             options = {"ceil_mode": int(module.ceil_mode)} | _window(module.kernel_size, module.stride, module.padding)
             return self._handed_on("MaxPool", name, given[0], **options)
         if flattens(node, module):
@@ -152,11 +153,11 @@ class _Integer:
             return _Value(write.add("Mul", [centred, write.constant(f"{name}_scale", module.scale)], name))
         if node.target in (operator.add, torch.add, "add") and len(real) == 2 and "alpha" not in node.kwargs:
             return _Value(write.add("Add", real, name))
-        if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+        if computes_as(module, *BATCH_NORMS) and module.running_mean is not None:
             scale, shift = affine(module)
             scaled = write.add("Mul", [real[0], self._vector(node, "scale", scale)], f"{name}_scaled")
             return _Value(write.add("Add", [scaled, self._vector(node, "shift", shift)], name))
-        if isinstance(module, nn.AvgPool2d) and not module.divisor_override:
+        if computes_as(module, nn.AvgPool2d) and not module.divisor_override:
             options = {"ceil_mode": int(module.ceil_mode), "count_include_pad": int(module.count_include_pad)}
             options |= _window(module.kernel_size, module.stride, module.padding)
             return _Value(write.add("AveragePool", real, name, **options))

@@ -32,6 +32,7 @@ from unitstep.fusing import (
     sums_channels,
     values,
 )
+from unitstep.graphs import computes_as
 from unitstep.nets import Normalize
 from unitstep.neuron import LIF
 from unitstep.rounding import on_grid
@@ -95,7 +96,7 @@ class _Quantization:
             module = module_of(self.net, node)
             if node.meta.get("axis") == "size":
                 continue
-            if type(module) in (nn.Conv2d, nn.Linear) and self._layer(node, module):
+            if computes_as(module, nn.Conv2d, nn.Linear) and self._layer(node, module):
                 continue
             made = self._made(node, module)
             if made is not None:
@@ -114,7 +115,7 @@ class _Quantization:
         if isinstance(module, Fire):
             self._stand_for(node)  # without a layer before it, its threshold is one of real numbers
             return Whole(torch.ones(()), 0, 1)
-        if isinstance(module, nn.AvgPool2d):
+        if computes_as(module, nn.AvgPool2d):
             return self._pool(node, module)
         if isinstance(module, Scale) and (given := self.whole.get(node.all_input_nodes[0])) is not None:
             self.net.set_submodule(str(node.target), nn.Identity())  # the height goes into the unit
@@ -204,7 +205,9 @@ class _Quantization:
                 unit = torch.cat([each.unit.expand(shape[1]) for each, shape in zip(given, shapes, strict=True)])
                 unit = unit[0] if bool((unit == unit[0]).all()) else unit
                 return Whole(unit, min(each.least for each in given), max(each.most for each in given))
-        if len(given) != 1 or not (isinstance(module, nn.MaxPool2d) or flattens(node, module)):
+        if len(given) != 1 or not (computes_as(module, nn.MaxPool2d) or flattens(node, module)):
+            return None
+        if not flattens(node, module) and bool((given[0].unit < 0).any()):  # the largest x is the smallest value
             return None
         if given[0].unit.dim() and flattens(node, module):  # C·k features, which a linear layer takes as such
             return given[0] if all(sums_channels(self.net, user) for user in node.users) else None
@@ -220,7 +223,7 @@ def fours(conv: nn.Conv2d) -> bool:
 
 def flattens(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an operation is [B, C, …] → [B, features]."""
-    if isinstance(module, nn.Flatten):
+    if computes_as(module, nn.Flatten):
         return bool(module.start_dim == 1 and module.end_dim == -1)
     if module is not None or node.target not in (torch.flatten, "flatten", torch.reshape, "reshape", "view"):
         return False
