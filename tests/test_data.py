@@ -488,6 +488,61 @@ def test_a_folder_whose_name_is_a_pattern_is_itself(tmp_path: Path) -> None:
             load_test(str(folder), **SMALL)
 
 
+def test_images_that_are_not_in_class_folders_are_refused(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "nested")
+    (tmp_path / "nested/train/cat").rename(tmp_path / "nested/train/in")
+    (tmp_path / "nested/train/cat").mkdir()
+    (tmp_path / "nested/train/in").rename(tmp_path / "nested/train/cat/indoor")
+    with pytest.raises(ValueError, match=r"train/cat/indoor is a folder in a class folder"):
+        load_train(source, **SMALL)
+    source = write_images(tmp_path / "named")
+    for split in ("train", "test"):
+        (tmp_path / "named" / split).rename(tmp_path / "named" / f"{split}ing")
+    with pytest.raises(ValueError, match="has image files, but not in train/CLASS/ and test/CLASS/"):
+        load_train(source, **SMALL)
+
+
+def test_a_class_that_would_be_passed_over_is_noticed(tmp_path: Path) -> None:
+    source = write_images(tmp_path)
+    (tmp_path / "train/dog").rename(tmp_path / "train/__dog")
+    with pytest.raises(ValueError, match=r"8 image files in train/CLASS/, of which 4 can be read"):
+        load_train(source, **SMALL)
+
+
+def test_files_beside_the_images_are_left_out(tmp_path: Path) -> None:
+    source = write_images(tmp_path)
+    plain, _ = load_train(source, **SMALL)
+    for image in tmp_path.glob("*/*/*.jpg"):
+        image.with_suffix(".txt").write_text("0 0.5 0.5 1 1")
+    (tmp_path / "train/cat/metadata.csv").write_text("file_name,label\n0.jpg,7\n")
+    (tmp_path / "val").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "val" / "unlabelled.png")
+    with pytest.warns(UserWarning, match=r"13 files are no images by their names and were left out: train/cat/"):
+        beside, _ = load_train(source, **SMALL)
+    assert torch.equal(plain.images, beside.images)
+    assert beside.classes == ("cat", "dog")
+
+
+def test_unlabelled_test_images_do_not_hide_a_labelled_split(tmp_path: Path) -> None:
+    source = write_images(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "val")
+    (tmp_path / "test").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "test" / "1.png")
+    assert load_test(source, **SMALL).labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path, {"train": [0, 1] * 2, "test": [0, 1]})
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00000-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"has 1 of the 2 shards of the split 'train'"):
+        load_train(source, **SMALL)
+
+
+def test_a_folder_with_a_question_mark_is_itself(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", train=2)
+    assert len(load_train(write_images(tmp_path / "photos?", train=6), **SMALL)[0]) == 10
+
+
 def test_validation_split_stands_in_for_an_unlabelled_test_split(tmp_path: Path) -> None:
     labels = {"train": [0, 1] * 4, "validation": [1, 0, 1], "test": [-1, -1]}
     assert load_test(write_parquet(tmp_path, labels), **SMALL).labels.tolist() == [1, 0, 1]
@@ -641,7 +696,7 @@ def test_one_class(tmp_path: Path) -> None:
     for name in ("train/cat", "test/cat"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / name / "1.png")
-    with pytest.raises(ValueError, match=r"0 label columns.*two or more class folders"):
+    with pytest.raises(ValueError, match="1 class, but telling classes apart needs at least 2"):
         load_train(str(tmp_path), **SMALL)
 
 
@@ -714,7 +769,7 @@ def test_a_set_that_cannot_be_packed_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_the_library_raises_is_said(tmp_path: Path) -> None:
-    write_images(tmp_path / "script")
+    write_parquet(tmp_path / "script", {"train": [0, 1] * 2, "test": [0, 1]})
     (tmp_path / "script" / "script.py").write_text("")
     with pytest.raises(ValueError, match="cannot load the folder"):
         load_test(str(tmp_path / "script"), **SMALL)

@@ -270,6 +270,12 @@ def test_the_time_limit_is_in_minutes(tmp_path, monkeypatch):
         train(small(), tmp_path, max_loss=-1)
 
 
+def test_what_cannot_be_converted_is_not_trained_first(tmp_path):
+    with pytest.raises(ValueError, match="nosuch"):
+        train(small(1, leaf_modules=("nosuch",)), tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_bf16_is_for_training_alone_and_each_step_is_clamped(tmp_path, monkeypatch):
     kinds, clamped, usual = set(), [], ladder.forward
 

@@ -87,6 +87,7 @@ def test_differences_name_the_field():
         ("cutout", -1, "padding and cutout must be 0 or more pixels, not 4 and -1"),
         ("augment", "none", "cutout goes with augment flip or crop-flip, not none: set it to 0"),
         ("stages", [{"steps": 1}], "missing 2 required positional arguments"),
+        ("seed", 2**70, "seed must be a number of at most 63 bits"),
         ("leaf_modules", "layer4", "leaf_modules: 'layer4' is not a list"),
         ("stages", [], "the first stage of a recipe, and no other, is the CNN"),
     ],

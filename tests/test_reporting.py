@@ -56,12 +56,17 @@ def measured(unbroken, tmp_path_factory):
 
 
 def copied(run, folder, change):
-    """A copy of `run` with something changed in its measure.json."""
+    """A copy of `run` with something changed in its measure.json, and of that recipe throughout."""
     made = Run(shutil.copytree(run.path, folder))
     found = made.measurement
     change(found)
     (made.path / "measure.json").write_text(json.dumps(found))
-    return made
+    about = json.loads((made.path / "recipe.json").read_text())
+    (made.path / "recipe.json").write_text(json.dumps(about | {"recipe": found["recipe"]}))
+    other, last = Run(folder), run.stages[-1].index
+    if run.samples_path.exists():
+        other.save(other.samples_path, run.load(run.samples_path, last)[0], last)
+    return other
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page in")
@@ -170,6 +175,15 @@ def test_seeds_of_one_recipe_are_a_mean_with_its_spread(measured, tmp_path):
 
 def test_numbers_of_spikes_are_greys():
     assert _grey(np.array([0, 1, 2, 4], np.uint8)).tolist() == [0, 63, 127, 255]
+
+
+def test_a_measurement_of_another_run_is_refused(measured, tmp_path):
+    made = Run(shutil.copytree(measured.path, tmp_path / "made"))
+    found = json.loads((made.path / "measure.json").read_text())
+    found["recipe"]["dropout"] = 0.3
+    (made.path / "measure.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="is of another run: unitstep measure"):
+        report([made], tmp_path / "out.html")
 
 
 def test_other_recipes_stand_beside_each_other(measured, tmp_path):

@@ -44,6 +44,23 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_recipe(tmp_path):
     assert run.log == []
 
 
+def test_measurements_of_networks_that_are_gone_go_too(run, tmp_path):
+    copy = Run(shutil.copytree(run.path, tmp_path / "copy"))
+    (copy.path / "measure.json").write_text("{}")
+    for path in copy.path.glob("*.safetensors"):
+        path.unlink()
+    assert open_run(copy.path, small(3)).measurement is None
+
+
+def test_files_of_another_program_stay(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"soup": "onion"}')
+    (tmp_path / "log.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match=r"recipe\.json"):
+        open_run(tmp_path, small(1))
+    assert (tmp_path / "recipe.json").read_text() == '{"soup": "onion"}'
+    assert (tmp_path / "log.jsonl").read_text() == "mine"
+
+
 def test_what_a_killed_process_left_half_written_goes(run):
     left = run.path / ".state.safetensors.1234"
     left.write_bytes(b"half")

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -423,7 +424,7 @@ def _open(source: str, size: int, channels: int, augment: str, bad_images: str) 
         if augment == "resized-crop-flip":
             raise ValueError(f"{source!r} is packed, but augment={augment!r} needs the original images")
         return _Packed(parts)
-    place, _, query = source.partition("?")
+    place, _, query = source.partition("?") if not Path(source).is_dir() else (source, "", "")
     choice = dict(parse_qsl(query, keep_blank_values=True))
     for key in choice:
         _one_of(key, ("image", "label", "config"), f"choice in the source {source!r}:")
@@ -456,6 +457,7 @@ def _open(source: str, size: int, channels: int, augment: str, bad_images: str) 
 def _load(place: str, config: str | None) -> Mapping[str, Any]:
     """All splits of a place, as `datasets.Dataset`s by name."""
     import datasets
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
     from pyarrow.lib import ArrowException
 
     folder = Path(__file__).with_name(_EMBEDDED[place]) if place in _EMBEDDED else Path(os.path.expanduser(place))
@@ -468,10 +470,14 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
     if local and "::" in path:
         raise ValueError(f"{place!r} has :: in its name, which means something else to `datasets`: rename the folder")
     options: dict[str, Any] = {"path": path, "name": config}
-    if local and (folder / "train").is_dir():  # literal split names: a class folder may be called train, too
-        options["data_files"] = {
-            n: f"{glob.escape(path)}/{n}/**" for n in ("train", *_TEST_NAMES) if (folder / n).is_dir()
-        }
+    counts = _class_folders(folder, place) if local else {}
+    splits = [name for name in ("train", *_TEST_NAMES) if local and (folder / name).is_dir()]
+    if counts:
+        files = {name: f"{glob.escape(path)}/{name}/*/*" for name in counts}
+        options = {"path": "imagefolder", "data_files": files, "drop_labels": False}
+        options["metadata_filenames"] = ["/"]  # no file has that name: labels are folders
+    elif "train" in splits:  # literal split names: something else may be called train, too
+        options["data_files"] = {name: f"{glob.escape(path)}/{name}/**" for name in splits}
     elif local and glob.has_magic(path):
         raise ValueError(
             f"{place!r} has *, ? or [ in its name, which `datasets` takes for a pattern: rename the folder"
@@ -493,16 +499,65 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
         ) from error
     if local:
         _check_shards(builder.config.data_files or {}, tables, place)
+        if not splits and isinstance(builder, ImageFolder):  # split names are then taken from anywhere
+            raise ValueError(f"{place!r} has image files, but not in train/CLASS/ and test/CLASS/: move them there")
+    for name, number in counts.items():
+        if len(tables[name]) != number:
+            raise ValueError(
+                f"{place!r} has {number} image files in {name}/CLASS/, of which {len(tables[name])} can be read: "
+                "names that begin with . or __ and links to folders are passed over; rename or copy what they are"
+            )
     return dict(tables)
 
 
+def _class_folders(folder: Path, place: str) -> dict[str, int]:
+    """The number of image files in SPLIT/CLASS/ of `folder`, for each split that has class folders; empty if train has
+    none. ValueError if there are folders in a class folder; a warning of files that are no images by their names."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    counts, others = dict[str, int](), list[str]()
+    for split in ("train", *_TEST_NAMES):
+        for of_class in sorted(folder.glob(f"{split}/*/")):
+            if of_class.name == "__MACOSX":
+                continue
+            with os.scandir(of_class) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+            for entry in inside:
+                if entry.name.startswith((".", "__")):
+                    continue
+                if entry.is_dir():
+                    raise ValueError(
+                        f"{place!r}: {split}/{of_class.name}/{entry.name} is a folder in a class folder, and would be "
+                        "taken for a class: images must lie directly in SPLIT/CLASS/"
+                    )
+                if Path(entry.name).suffix.lower() in ImageFolder.EXTENSIONS:
+                    counts[split] = counts.get(split, 0) + 1
+                elif not entry.name.endswith(".parquet"):
+                    others.append(f"{split}/{of_class.name}/{entry.name}")
+    if "train" not in counts:
+        return {}
+    if others:
+        warnings.warn(
+            f"{place!r}: {len(others)} files are no images by their names and were left out: {', '.join(others[:5])}",
+            stacklevel=2,
+        )
+    return counts
+
+
 def _check_shards(files: Mapping[str, Iterable[str]], tables: Mapping[str, Any], place: str) -> None:
-    """Refuse parquet shards whose class names differ: `datasets` would read them all with the first shard's names."""
+    """Refuse parquet shards that are not all there, or whose class names differ: `datasets` would read them all with
+    the first shard's names."""
     from datasets import Features
     from pyarrow.parquet import read_schema
 
     for name, table in tables.items():
-        for file in (str(file) for file in files.get(name, ()) if str(file).endswith(".parquet")):
+        shards = [str(file) for file in files.get(name, ()) if str(file).endswith(".parquet")]
+        numbers = [found for file in shards if (found := re.search(r"-(\d{5})-of-(\d{5})\.parquet$", file))]
+        if numbers and (there := {int(found[1]) for found in numbers}) != set(range(total := int(numbers[0][2]))):
+            raise ValueError(
+                f"{place!r} has {len(there)} of the {total} shards of the split {name!r}: copy the others, too"
+            )
+        for file in shards:
             own = Features.from_arrow_schema(read_schema(file))
             for column, feature in table.features.items():
                 ours, theirs = getattr(feature, "names", None), getattr(own.get(column), "names", None)

@@ -4,11 +4,11 @@ spreads. Knows nothing of pages."""
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from unitstep.recipes import recipe_from_dict
+from unitstep.recipes import differences, recipe_from_dict
 from unitstep.runs import Run
 
 COLOURS = ("#3b76af", "#ef8636", "#519e3e", "#c53a32", "#8d69b8", "#84584e")
@@ -72,6 +72,8 @@ def _measured(run: Run) -> dict[str, Any]:
         raise ValueError(
             f"{run.path / 'measure.json'} is damaged or of another version: unitstep measure {run.path} writes it again"
         )
+    if differences(recipe_from_dict(found["recipe"]), replace(run.recipe, data=found["recipe"].get("data", ""))):
+        raise ValueError(f"{run.path / 'measure.json'} is of another run: unitstep measure {run.path} writes it again")
     return found
 
 

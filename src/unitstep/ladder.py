@@ -170,9 +170,11 @@ def train(
                     )
                     with compiled(_pays(compile, fit.net, stage, train_split, where)):
                         finished = fit.climb(stop)
-                except torch.OutOfMemoryError as error:
+                except RuntimeError as error:
+                    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                        raise
                     raise ValueError(
-                        f"stage {stage.name} does not fit into the memory of the GPU. In a new folder (--cnn "
+                        f"stage {stage.name} does not fit into the memory. In a new folder (--cnn "
                         f"{run.path} takes a finished CNN over), what takes less: a batch in more parts "
                         f"(--stages.{index}.accumulate, now {stage.accumulate}), a smaller --stages.{index}.batch, "
                         f"fewer --calibration-images, or, at several timesteps, --stages.{index}.recompute"
@@ -408,8 +410,8 @@ class _Fit:
             cnn = build_cnn(self.run.recipe, len(self.train.classes))
             if ":" in self.run.recipe.net:
                 _check_output(self.run.recipe, cnn, self.train.classes)
-                if len(self.run.recipe.stages) > 1:
-                    build_snn(self.run.recipe, cnn)  # a network that does not convert is not trained first
+            if len(self.run.recipe.stages) > 1:
+                build_snn(self.run.recipe, cnn)  # a network that does not convert is not trained first
             return cnn
         above = self.run.net(self.index - 1)
         recipe = self.run.recipe

@@ -75,8 +75,8 @@ class Stage:
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"a stage needs steps of 1 or more (or None for the CNN), not {self.steps}")
-        if not 0 <= self.epochs < math.inf:
-            raise ValueError(f"a stage's epochs must be 0 or more, and finite, not {self.epochs}")
+        if not 0 <= self.epochs < 1e9:
+            raise ValueError(f"a stage's epochs must be 0 or more, and finite (below 1e9), not {self.epochs}")
         for field in ("lr", "vector_lr", "batch", "accumulate", "factor", "validate_every"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"a stage's {field} must be greater than 0, and finite, not {getattr(self, field)}")
@@ -206,6 +206,8 @@ class Recipe:
             raise ValueError(f"padding and cutout must be 0 or more pixels, not {self.padding} and {self.cutout}")
         if self.cutout and self.augment in ("none", "resized-crop-flip"):
             raise ValueError(f"cutout goes with augment flip or crop-flip, not {self.augment}: set it to 0")
+        if abs(self.seed) >= 2**63:
+            raise ValueError(f"seed must be a number of at most 63 bits, not {self.seed}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to 1, not {self.dropout}")
         for name, kind in get_type_hints(Recipe).items():

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from unitstep import nets
 from unitstep.conversion import Spiking, spiking, trace
-from unitstep.files import read_about, read_json, read_tensors, write_json, write_tensors, write_whole
+from unitstep.files import check_writable, read_about, read_json, read_tensors, write_json, write_tensors, write_whole
 from unitstep.recipes import Recipe, Stage, differences, recipe_from_dict
 
 SCHEMA = 1
@@ -289,6 +289,7 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
     it cannot be written to."""
     path = Path(out)
     if begun(path):
+        check_writable(path / "log.jsonl")
         run = Run(path)
         if changes := differences(run.recipe, replace(recipe, data=run.recipe.data)):  # images can be moved
             listed = "\n  ".join(changes)
@@ -301,10 +302,13 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
     try:
         path.mkdir(parents=True, exist_ok=True)
         strangers = [entry.name for entry in path.iterdir() if entry.suffix in (".safetensors", ".json", ".jsonl")]
-        if strangers and not (path / "recipe.json").exists():
+        if "recipe.json" in strangers:
+            Run(path)  # ValueError if it is another program's
+        elif strangers:
             raise ValueError(f"{path} has no recipe.json but holds {', '.join(strangers)}: choose an empty folder")
         with locked(path):
-            (path / "log.jsonl").unlink(missing_ok=True)  # of a command that failed: there is nothing to protect
+            for name in ("log.jsonl", "measure.json", "conversion.json"):  # of a run whose networks are gone
+                (path / name).unlink(missing_ok=True)
             write_json(path / "recipe.json", {"schema": SCHEMA, "recipe": recipe.to_dict(), **about, **provenance()})
     except OSError as error:
         raise ValueError(f"cannot write to the run folder {path}: {error.strerror or error}") from error
