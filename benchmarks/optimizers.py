@@ -101,8 +101,7 @@ def main() -> None:
             about: dict[str, Any] = {"optimizer": optimizer, "lr": rate, "seed": seed}
             r, first = arm(optimizer, rate, straight, seed), options.out / f"adamw-{RATE:g}-{seed}"
             path = options.out / f"{optimizer}-{rate:g}{'-straight' * straight}-{seed}"
-            if not first.exists():  # it has a row, but not here
-                train(arm("adamw", RATE, False, seed), first)
+            train(arm("adamw", RATE, False, seed), first)  # whose row may have been made elsewhere
             run = train(r, path, cnn=None if path == first else first)
             nets = zip(map(run.net, range(len(r.stages))), r.stages, strict=True)
             about |= {"held_out": [accuracy(net, held, stage.steps, device) for net, stage in nets]}

@@ -53,14 +53,14 @@ The curves are of the runs whose record has a log (that of `cifar10-quick` was m
 T = 1 a network stays in the eighties for a third of the stage or more, while the learning rate is high, and gains its
 last points as the rate falls to 0: what is seen halfway says little.
 
-What limits them. `cifar10-quick` takes two minutes more than the 75. Two minutes are its validations after each epoch:
-`--stages.1.validate-every 3` leaves out 1.5 of them, with the same weights (by arithmetic; not timed). The rest is
-mostly convolutions, 77 % of a step, near what those cores can do. With 3 epochs of the CNN, in 70 minutes, it is as
-good on the validation images (92.08 against 92.18 % on average), but below 91.0 % of the test images, see above.
-`cifar10-quick-long` has not been run on two cores: from the seconds per epoch of `cifar10-quick` there, with a third
-more for distillation, it would take five hours. `cifar10-vgg16-conv` is short of the aim by less than it loses against
-its own CNN, which is little above the aim itself after 30 epochs. Whether longer schedules, or Muon, help is not
-known: they are next on the [list](../benchmarks/gpu.md).
+What limits them. `cifar10-quick` takes two minutes more than the 75. More than two are its validations after each
+epoch at T = 1: `--stages.1.validate-every 3` leaves out 1.5 of them, with the same weights (by arithmetic; not timed).
+The rest is mostly convolutions, 77 % of a step, near what those cores can do. With 3 epochs of the CNN, in 70 minutes,
+it is as good on the validation images (92.08 against 92.18 % on average), but below 91.0 % of the test images, see
+above. `cifar10-quick-long` has not been run on two cores: from the seconds per epoch of `cifar10-quick` there, with a
+third more for distillation, it would take five hours. `cifar10-vgg16-conv` is short of the aim by less than it loses
+against its own CNN, which is little above the aim itself after 30 epochs. Whether longer schedules, or Muon, help is
+not known: they are next on the [list](../benchmarks/gpu.md).
 
 On two cores with AVX2 alone `cifar10-vgg16` was trained for its first hour: 47.15 and 56.45 % of the validation images
 after the first two of the CNN's 40 epochs; all of it would take three days ([log](log.md), 2026-11-28).

@@ -552,26 +552,3 @@ def test_a_batch_norm_as_a_function_is_one():
     with pytest.raises(ValueError, match='a batch norm, but norm="none"'):
         spiking(FunctionalNorm().eval(), norm="none")
     spiking(FunctionalNorm().eval(), norm="keep")
-
-
-class Centred(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]))
-        self.register_buffer("ready", torch.tensor(True))
-        self.a = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x):
-        if self.ready:
-            x = x - self.mean.view(1, 3, 1, 1)
-        return F.relu(self.a(x)).mean((2, 3))
-
-
-def test_a_buffer_keeps_its_name_whatever_is_made_of_it():
-    torch.manual_seed(0)
-    cnn = Centred().eval()
-    snn = to_spiking(cnn, IMAGES, steps=256, thresholds="max")
-    cnn.mean.fill_(0.1)
-    snn.load_state_dict(cnn.state_dict(), strict=False)
-    with torch.no_grad():
-        torch.testing.assert_close(snn(IMAGES, 256), cnn(IMAGES), rtol=0, atol=0.01)

@@ -517,7 +517,7 @@ def test_files_beside_the_images_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "train/cat/metadata.csv").write_text("file_name,label\n0.jpg,7\n")
     (tmp_path / "val").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "val" / "unlabelled.png")
-    with pytest.warns(UserWarning, match=r"13 files are no images by their names and were left out: train/cat/"):
+    with pytest.warns(UserWarning, match=r"14 files are no images by their names, or in no class"):
         beside, _ = load_train(source, **SMALL)
     assert torch.equal(plain.images, beside.images)
     assert beside.classes == ("cat", "dog")
@@ -528,7 +528,12 @@ def test_unlabelled_test_images_do_not_hide_a_labelled_split(tmp_path: Path) -> 
     (tmp_path / "test").rename(tmp_path / "val")
     (tmp_path / "test").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "test" / "1.png")
-    assert load_test(source, **SMALL).labels.tolist() == [0, 0, 1, 1]
+    with pytest.warns(UserWarning, match=r"1 files are no images .*, or in no class folder, and were left out: test/1"):
+        assert load_test(source, **SMALL).labels.tolist() == [0, 0, 1, 1]
+    for split in ("train", "val"):
+        (tmp_path / split).rename(tmp_path / f"{split}ing")
+    with pytest.raises(ValueError, match="has image files, but not in train/CLASS/"):
+        load_test(source, **SMALL)
 
 
 def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ def test_measurements_of_networks_that_are_gone_go_too(run, tmp_path):
     (copy.path / "measure.json").write_text("{}")
     for path in copy.path.glob("*.safetensors"):
         path.unlink()
-    assert open_run(copy.path, small(3)).measurement is None
+    copy.save(copy.samples_path, {}, 2)
+    made = open_run(copy.path, small(3))
+    assert made.measurement is None
+    assert not made.samples_path.exists()
 
 
 def test_files_of_another_program_stay(tmp_path):

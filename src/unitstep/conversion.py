@@ -325,13 +325,6 @@ class _Tracer(fx.Tracer):  # type: ignore[misc,unused-ignore]
             or super().is_leaf_module(module, name)
         )
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Buffers stand for themselves, as parameters do, but for flags and counts, which `if` and `int` may read."""
-        self.proxy_buffer_attributes = (
-            isinstance(attr_val, Tensor) and attr_val.is_floating_point() and attr_val.dim() > 0
-        )
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             path = self.path_of_module(m)

@@ -499,7 +499,7 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
         ) from error
     if local:
         _check_shards(builder.config.data_files or {}, tables, place)
-        if not splits and isinstance(builder, ImageFolder):  # split names are then taken from anywhere
+        if "train" not in splits and isinstance(builder, ImageFolder):  # split names are then taken from anywhere
             raise ValueError(f"{place!r} has image files, but not in train/CLASS/ and test/CLASS/: move them there")
     for name, number in counts.items():
         if len(tables[name]) != number:
@@ -512,11 +512,12 @@ def _load(place: str, config: str | None) -> Mapping[str, Any]:
 
 def _class_folders(folder: Path, place: str) -> dict[str, int]:
     """The number of image files in SPLIT/CLASS/ of `folder`, for each split that has class folders; empty if train has
-    none. ValueError if there are folders in a class folder; a warning of files that are no images by their names."""
+    none. ValueError if there are folders in a class folder; a warning of other files."""
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
     counts, others = dict[str, int](), list[str]()
     for split in ("train", *_TEST_NAMES):
+        others += [f"{split}/{file.name}" for file in sorted(folder.glob(f"{split}/[!.]*")) if file.is_file()]
         for of_class in sorted(folder.glob(f"{split}/*/")):
             if of_class.name == "__MACOSX":
                 continue
@@ -532,13 +533,14 @@ def _class_folders(folder: Path, place: str) -> dict[str, int]:
                     )
                 if Path(entry.name).suffix.lower() in ImageFolder.EXTENSIONS:
                     counts[split] = counts.get(split, 0) + 1
-                elif not entry.name.endswith(".parquet"):
+                else:
                     others.append(f"{split}/{of_class.name}/{entry.name}")
     if "train" not in counts:
         return {}
     if others:
         warnings.warn(
-            f"{place!r}: {len(others)} files are no images by their names and were left out: {', '.join(others[:5])}",
+            f"{place!r}: {len(others)} files are no images by their names, or in no class folder, and were left out: "
+            f"{', '.join(others[:5])}",
             stacklevel=2,
         )
     return counts

@@ -281,7 +281,8 @@ def rebuild(recipe: Recipe, classes: int, tensors: dict[str, Tensor], *, spikes:
 
 def begun(path: Path) -> bool:
     """Whether `path` is a run folder in which something was trained."""
-    return (path / "recipe.json").exists() and any(path.glob("*.safetensors"))
+    trained = (*path.glob("[0-9]*-*.safetensors"), *path.glob("state.safetensors"))
+    return bool(trained) and (path / "recipe.json").exists()
 
 
 def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
@@ -307,7 +308,7 @@ def open_run(out: str | Path, recipe: Recipe, **about: Any) -> Run:
         elif strangers:
             raise ValueError(f"{path} has no recipe.json but holds {', '.join(strangers)}: choose an empty folder")
         with locked(path):
-            for name in ("log.jsonl", "measure.json", "conversion.json"):  # of a run whose networks are gone
+            for name in ("log.jsonl", "measure.json", "conversion.json", "samples.safetensors"):  # of networks gone
                 (path / name).unlink(missing_ok=True)
             write_json(path / "recipe.json", {"schema": SCHEMA, "recipe": recipe.to_dict(), **about, **provenance()})
     except OSError as error:
