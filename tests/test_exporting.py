@@ -557,10 +557,18 @@ class ShiftedMax(nn.MaxPool2d):
         return super().forward(F.pad(x, (1, 0, 1, 0)))
 
 
-@pytest.mark.parametrize("layer", [Shifted(8, 8, 2), ShiftedMean(2), ShiftedMax(2)])
-def test_leaves_that_are_more_than_their_class_of_torch_have_no_8_bit_form(layer, tmp_path):
+SHIFTED = [Shifted(8, 8, 2), ShiftedMean(2), ShiftedMax(2)]
+
+
+def with_leaf(layer):
+    """A spiking network that keeps `layer`, of these classes, whole between its neurons."""
     layers = nn.Conv2d(3, 8, 3), nn.ReLU(), layer, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
-    snn = spiking(*layers, leaf_modules=(type(layer),))
+    return spiking(*layers, leaf_modules=(type(layer),))
+
+
+@pytest.mark.parametrize("layer", SHIFTED)
+def test_leaves_that_are_more_than_their_class_of_torch_have_no_8_bit_form(layer, tmp_path):
+    snn = with_leaf(layer)
     with pytest.raises(ValueError, match=rf"no 8-bit form: {type(layer).__name__} _3\. Export in floating point"):
         to_onnx(snn, tmp_path / "net.onnx", IMAGES)
     assert not to_onnx(snn, tmp_path / "net.onnx", IMAGES, form="float").changed

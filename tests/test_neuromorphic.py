@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.test_exporting import IMAGES, SMALL, ReadsItsSize, Shifted, ShiftedMax, ShiftedMean, spiking
+from tests.test_exporting import IMAGES, SHIFTED, SMALL, ReadsItsSize, spiking, with_leaf
 from tests.test_fusing import EACH, ONE
 from unitstep import nets, pretrained, record, to_nir, to_spiking
 from unitstep.data import load_test
@@ -191,12 +191,10 @@ def test_a_network_that_reads_the_number_of_its_images(tmp_path):
     to_nir(to_spiking(ReadsItsSize().eval(), images, steps=1), tmp_path / "a.nir", images)
 
 
-@pytest.mark.parametrize("layer", [Shifted(8, 8, 2), ShiftedMean(2), ShiftedMax(2)])
+@pytest.mark.parametrize("layer", SHIFTED)
 def test_leaves_that_are_more_than_their_class_of_torch_are_refused(layer, tmp_path):
-    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), layer, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
-    snn = spiking(*layers, leaf_modules=(type(layer),))
     with pytest.raises(ValueError, match=f"NIR has no form of these operations: {type(layer).__name__} _3"):
-        to_nir(snn, tmp_path / "net.nir", IMAGES)
+        to_nir(with_leaf(layer), tmp_path / "net.nir", IMAGES)
 
 
 def test_other_precisions_are_refused_by_name(tmp_path):

@@ -565,7 +565,6 @@ def spiking(
     net = trace(cnn, leaf_modules)
     conversion = _Conversion(net, height, initial, readout, norm, max_pool, approximate, leaf_modules)
     snn = conversion.run()
-    snn.train(cnn.training)
     modes = {name: module.training for name, module in cnn.named_modules(remove_duplicate=False)}
     for name, module in snn.named_modules(remove_duplicate=False):
         module.training = modes.get(name, cnn.training)  # of frozen batch norms, another than the network's

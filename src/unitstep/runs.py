@@ -133,9 +133,10 @@ class Run:
         """Write tensors with the recipe, the stage's index and `info` in their metadata."""
         write_tensors(path, tensors, {"schema": SCHEMA, "recipe": self.recipe.to_dict(), "index": index, **info})
 
-    def load(self, path: Path, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `save` wrote. ValueError if the file is damaged or belongs to another run or stage."""
-        self._check(path, read_about(path), index)
+    def load(self, path: Path, index: int, *wanted: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save` wrote. ValueError if the file is damaged, belongs to another run or stage, or lacks what is
+        `wanted` of its `info`."""
+        self._check(path, read_about(path), index, *wanted)
         return read_tensors(path)
 
     def state_index(self) -> int | None:
@@ -193,8 +194,8 @@ class Run:
                 f"stage {self.recipe.stages[index].name} of {self.path} is not trained yet: unitstep train "
                 f"--from {self.path} goes on with it"
             )
-        classes, (tensors, _) = self.finished(index).classes, self.load(path, index)
-        return rebuild(self.recipe, len(classes), tensors, spikes=index > 0)
+        tensors, info = self.load(path, index, "classes")
+        return rebuild(self.recipe, len(info["classes"]), tensors, spikes=index > 0)
 
 
 def _some(names: tuple[str, ...]) -> str:
